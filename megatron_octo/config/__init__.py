@@ -1,0 +1,1 @@
+"""What a run is: typed, frozen configuration and the rules its fields must meet together."""

@@ -1,0 +1,137 @@
+"""YAML files and dotted overrides -> typed configuration; every complaint names file, field and fix."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_octo.errors import ConfigError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], path: Path, overrides: list[str] | None = None) -> Config:
+    """Read one configuration file.
+
+    Args:
+        kind: the configuration class the file must fit.
+        path: a YAML file. Its key `base:`, if any, names another YAML file (relative to it) whose
+            values are taken first.
+        overrides: `dotted.key=value` strings that win over the file; values are YAML.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: missing file, bad YAML, unknown key (nearest name shown), wrong type or rule.
+    """
+    values = apply_overrides(read_yaml(path), overrides or [])
+    return parse_config(kind, values, str(path))
+
+
+def parse_config(kind: type[Config], values: dict[str, Any], where: str) -> Config:
+    """Check plain values against a configuration class; `where` names their origin in messages."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(kind, error, where) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, following `base:` to the files it builds on.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", fix="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}", "a configuration file is a mapping of keys")
+    base = values.pop("base", None)
+    return values if base is None else merge(read_yaml(path.parent / base), values)
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay one nested mapping over another; lists and scalars are replaced whole."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Lay `dotted.key=value` strings over a nested mapping.
+
+    Raises:
+        ConfigError: an override without `=`, or one whose value is not YAML.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} has no '='", fix="write key.subkey=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return values
+
+
+def dump_config(config: BaseModel, path: Path) -> None:
+    """Write a resolved configuration as YAML that `load_config` reads back to an equal object."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """List the dotted fields in which two nested values differ, as 'field: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys(), key=str):
+            found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+
+
+def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _keys_at(kind, first["loc"][:-1]), n=1, cutoff=0.4)
+        fix = f"did you mean '{near[0]}'?" if near else "remove it"
+        return ConfigError(f"{where}: unknown key '{field}'", fix=fix)
+    if first["type"] == "missing":
+        return ConfigError(f"{where}: key '{field}' is missing", fix="add it")
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], (dict, list)) else f" = {first['input']!r}"
+    return ConfigError(f"{where}: {field}{value}", message)
+
+
+def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
+    """The keys allowed at a location inside a configuration class (all nested keys if unclear)."""
+    for part in location:
+        field = getattr(kind, "model_fields", {}).get(part)
+        nested = [] if field is None else _models_in(field.annotation)
+        if nested:
+            kind = nested[0]
+    return list(getattr(kind, "model_fields", {}))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
