@@ -1,0 +1,74 @@
+"""The calls behind `octo campaign` and `octo demo`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from megatron_octo.campaign.engine import Engine
+from megatron_octo.campaign.stages import Stage, expand
+from megatron_octo.campaign.state import StageState, exclusive, read_state, settle_config
+from megatron_octo.config.campaign import CampaignConfig
+from megatron_octo.config.load import load_config
+from megatron_octo.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+"""The run and campaign files that come with the package."""
+
+
+def run_campaign(path: Path, out: Path | None = None, overrides: list[str] | None = None) -> Path:
+    """Run a campaign to its end, or go on with one that was interrupted.
+
+    Args:
+        path: campaign file; a path under `recipes/` is found in the package when it does not exist here.
+        out: campaign directory; `runs/<name>` when not given.
+        overrides: `dotted.key=value` strings.
+
+    Returns:
+        The campaign directory.
+
+    Raises:
+        OctoError: bad settings, a directory in use or of another campaign, a failed stage.
+    """
+    config = load_config(CampaignConfig, find_recipe(path), overrides)
+    out = (out or Path("runs") / config.name).resolve()
+    cores = len(os.sched_getaffinity(0))
+    with exclusive(out):
+        settle_config(out, config)
+        Engine(out, expand(config, out, cores), cores).run()
+    return out
+
+
+def find_recipe(path: Path) -> Path:
+    """The file itself, or the packaged recipe of that name."""
+    packaged = RECIPES / Path(*[part for part in path.parts if part != "recipes"])
+    return packaged if not path.exists() and not path.is_absolute() and packaged.exists() else path
+
+
+def campaign_stages(out: Path) -> list[tuple[Stage, StageState]]:
+    """The stages of a campaign directory and where each stands; one left 'running' by a killed campaign is 'waiting'.
+
+    Raises:
+        ConfigError: not a campaign directory.
+    """
+    if not (out / "campaign.yaml").exists():
+        raise ConfigError(f"{out}: not a campaign directory", "it has no campaign.yaml", "name the --out of a campaign")
+    config = load_config(CampaignConfig, out / "campaign.yaml")
+    alive = _is_running(out)
+    found = []
+    for stage in expand(config, out.resolve(), len(os.sched_getaffinity(0))):
+        state = read_state(out, stage.name)
+        if state.status == "running" and not alive:
+            state.status = "waiting"
+        found.append((stage, state))
+    return found
+
+
+def _is_running(out: Path) -> bool:
+    with (out / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,197 @@
+"""A campaign file -> its stages: what each needs, runs, and writes. Only this module knows the order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.campaign.state import write_atomically
+from megatron_octo.config.campaign import BranchConfig, CampaignConfig, Leg
+from megatron_octo.config.check import check_run
+from megatron_octo.config.load import dump_config, parse_config
+from megatron_octo.config.run import ParallelConfig, RunConfig
+from megatron_octo.units import format_tokens
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of a campaign.
+
+    Attributes:
+        name: unique in the campaign; also names its log and state files.
+        title: what it does, for people.
+        needs: stages that must be done before.
+        arguments: of the `octo` command line.
+        cores: how many cores it keeps busy.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    arguments: tuple[str, ...]
+    cores: int = 1
+
+
+def expand(config: CampaignConfig, out: Path, cores: int) -> list[Stage]:
+    """Write every stage's own configuration under `out/stages` and list the stages, needed ones first.
+
+    Args:
+        config: the campaign.
+        out: campaign directory, absolute.
+        cores: cores of this machine, for stages that use all of them.
+
+    Raises:
+        ConfigError: a stage's settings break a rule; found here, before anything runs.
+    """
+    plan = _Plan(config, out, cores)
+    return plan.stages()
+
+
+class _Plan:
+    def __init__(self, config: CampaignConfig, out: Path, cores: int) -> None:
+        self.config, self.out, self.cores = config, out, cores
+        self.files = out / "stages"
+
+    def stages(self) -> list[Stage]:
+        data = self._data()
+        imported = self._import()
+        stable = self._stable(("data", *(stage.name for stage in imported)))
+        branches = [self._branch(name, branch, stable[-1].name) for name, branch in self.config.branches.items()]
+        names = tuple(self.config.branches)
+        convert = self._convert(names)
+        tail = [convert, self._evaluate("base", {n: self.out / "hf" / n for n in names}, ("convert",))]
+        if self.config.rl:
+            tail.append(self._rl(names))
+            tail.append(self._evaluate("rl", {n: self.out / "rl" / n / "model" for n in names}, ("rl",)))
+        last = tuple(stage.name for stage in tail if stage.name.startswith("evaluate"))
+        report = Stage("report", "draw the report", last, ("campaign", "report", str(self.out)))
+        return [data, *imported, *stable, *branches, *tail, report]
+
+    def _data(self) -> Stage:
+        path = self.files / "data.yaml"
+        dump_config(self.config.data, path)
+        return Stage(
+            "data", "generate, tokenise, index", (), ("data", "build", str(path), "--out", str(self.out / "data"))
+        )
+
+    def _import(self) -> list[Stage]:
+        if self.config.start is None:
+            return []
+        arguments = ("convert", "from-hf", str(self.config.start.hf), str(self.out / "start"))
+        return [Stage("start", "import the starting model", (), arguments)]
+
+    def _stable(self, needs: tuple[str, ...]) -> list[Stage]:
+        stages: list[Stage] = []
+        for number, leg in enumerate(self.config.stable.legs, 1):
+            name = "stable" if len(self.config.stable.legs) == 1 else f"stable-{number}"
+            stages.append(self._stable_leg(name, leg, (stages[-1].name,) if stages else needs))
+        return stages
+
+    def _stable_leg(self, name: str, leg: Leg, needs: tuple[str, ...]) -> Stage:
+        stable = self.config.stable
+        schedule = {
+            "kind": "constant",
+            "learning_rate": stable.learning_rate,
+            "warmup": stable.warmup,
+            "tokens": stable.tokens,
+        }
+        start = {"checkpoint": str(self.out / "start")} if self.config.start else {}
+        path = self._write_run(name, "stable", schedule, stable.mixture, leg.parallel, start, self.config.seed)
+        until = ("--until", str(leg.until)) if leg.until else ()
+        title = f"train to {format_tokens(leg.until or stable.tokens)} tokens, {leg.parallel.label}"
+        return Stage(name, title, needs, ("train", str(path), *until), leg.parallel.processes)
+
+    def _branch(self, name: str, branch: BranchConfig, parent: str) -> Stage:
+        rate = self.config.stable.learning_rate
+        schedule = {"kind": "cosine", "learning_rate": rate, "final_ratio": branch.final_ratio, "tokens": branch.tokens}
+        start = {"fork": {"parent": str(self.out / "stable"), "at": self._stable_end()}}
+        seed = self.config.seed + 1 + list(self.config.branches).index(name)
+        path = self._write_run(name, name, schedule, branch.mixture, branch.parallel, start, seed)
+        title = f"decay over {format_tokens(branch.tokens)} tokens, {branch.parallel.label}"
+        return Stage(name, title, (parent,), ("train", str(path)), branch.parallel.processes)
+
+    def _stable_end(self) -> int:
+        """Token position where the stable stage ends: its budget in whole steps."""
+        training = self.config.training
+        per_step = training.batch.global_batch * training.sequence_length
+        return -(-self.config.stable.tokens // per_step) * per_step
+
+    def _write_run(
+        self, stage: str, run: str, schedule: dict[str, Any], mixture: dict[str, float],
+        parallel: ParallelConfig, start: dict[str, Any], seed: int,
+    ) -> Path:  # fmt: skip
+        training, data = self.config.training, self.out / "data"
+        values = {
+            "name": run,
+            "out": str(self.out / run),
+            "seed": seed,
+            "model": self.config.model.model_dump(mode="json"),
+            "parallel": parallel.model_dump(mode="json"),
+            "dtype": training.dtype,
+            "data": {
+                "tokenizer": str(data / "tokenizer"),
+                "mixture": {name: {"path": str(data / name), "weight": weight} for name, weight in mixture.items()},
+                "sequence_length": training.sequence_length,
+                "seed": seed,
+            },
+            "batch": training.batch.model_dump(mode="json"),
+            "schedule": schedule,
+            "optimizer": training.optimizer.model_dump(mode="json"),
+            "start": start,
+            "checkpoint": {"every": training.checkpoint_every, "keep": training.keep},
+        }
+        config = parse_config(RunConfig, values, f"stage '{stage}'")
+        check_run(config)
+        dump_config(config, self.files / f"{stage}.yaml")
+        return self.files / f"{stage}.yaml"
+
+    def _convert(self, names: tuple[str, ...]) -> Stage:
+        arguments = ["convert", "to-hf"]
+        for name in names:
+            arguments += [str(self.out / name), str(self.out / "hf" / name)]
+        return Stage("convert", "to Hugging Face form, certified", names, tuple(arguments))
+
+    def _rl(self, names: tuple[str, ...]) -> Stage:
+        assert self.config.rl is not None
+        path = self.files / "rl.yaml"
+        runs = {
+            name: {
+                "model": str(self.out / "hf" / name),
+                "out": str(self.out / "rl" / name),
+                "max_response": self.config.branches[name].max_new_tokens,
+            }
+            for name in names
+        }
+        values = {
+            "rl": self.config.rl.model_dump(mode="json"),
+            "prompts": str(self.out / "data" / "problems" / "train.jsonl"),
+            "runs": runs,
+        }
+        write_atomically(path, _yaml(values))
+        return Stage(
+            "rl", f"PPO on {len(names)} branches in one Ray", ("evaluate-base",), ("rl", "train", str(path)), self.cores
+        )
+
+    def _evaluate(self, when: str, models: dict[str, Path], needs: tuple[str, ...]) -> Stage:
+        path = self.files / f"evaluate-{when}.yaml"
+        values = {
+            "models": {f"{name}-{when}": str(model) for name, model in models.items()},
+            "problems": str(self.out / "data" / "problems" / "heldout.jsonl"),
+            "out": str(self.out / "eval"),
+            "template": self.config.template,
+            "max_new_tokens": {f"{name}-{when}": self.config.branches[name].max_new_tokens for name in models},
+            "samples": self.config.evaluation.samples,
+            "batch": self.config.evaluation.batch,
+            "seed": self.config.seed,
+        }
+        write_atomically(path, _yaml(values))
+        return Stage(
+            f"evaluate-{when}", "held-out problems, greedy and sampled", needs, ("eval", "run", str(path)), self.cores
+        )
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,284 @@
+"""`octo`: parse, call one function, print. No logic."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from megatron_octo import __version__
+from megatron_octo.errors import OctoError
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    help="OctoThinker on Megatron-Core: mid-training, branches, conversion, PPO, evaluation.",
+)  # fmt: skip
+_groups = {
+    "data": "Corpora to indexed datasets.",
+    "branch": "Runs and their forks.",
+    "convert": "Hugging Face <-> Megatron checkpoints, with a certificate.",
+    "rl": "The OpenRLHF stage.",
+    "eval": "Problems, answers, scores.",
+    "campaign": "The whole tree of stages.",
+}
+_apps = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _groups.items()}
+for _name, _app in _apps.items():
+    app.add_typer(_app, name=_name)
+
+Out = Annotated[Path | None, typer.Option(help="directory to write")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value overrides")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(out: Out = None, seed: Annotated[int, typer.Option(help="seed of world, weights and order")] = 0) -> None:
+    """Run the whole campaign, tiny, on this machine; ends with OUT/report/index.html.
+
+    Example: octo demo --out runs/demo
+    """
+    from megatron_octo.campaign.api import run_campaign
+
+    name = "demo" if seed == 0 else f"demo-seed{seed}"
+    _finish(run_campaign(Path("recipes/campaigns/demo.yaml"), out or Path("runs") / name, [f"seed={seed}"]))
+
+
+@_apps["campaign"].command("run")
+def campaign_run(file: Path, overrides: Overrides = None, out: Out = None) -> None:
+    """Run a campaign, or go on with one that was interrupted.
+
+    Example: octo campaign run recipes/campaigns/demo.yaml --out runs/demo
+    """
+    from megatron_octo.campaign.api import run_campaign
+
+    _finish(run_campaign(file, out, overrides))
+
+
+@_apps["campaign"].command("status")
+def campaign_status(directory: Path, as_json: AsJson = False) -> None:
+    """Show where each stage of a campaign stands.
+
+    Example: octo campaign status runs/demo
+    """
+    from megatron_octo.campaign.api import campaign_stages
+
+    rows = campaign_stages(directory)
+    if as_json:
+        _print_json([vars(state) for _, state in rows])
+        return
+    for stage, state in rows:
+        typer.echo(f"{stage.name:16} {state.status:8} {state.seconds:8.1f} s  {stage.title}")
+
+
+@_apps["campaign"].command("report")
+def campaign_report(directory: Path, as_json: AsJson = False) -> None:
+    """Write DIR/report/index.html and report.json from what the stages left.
+
+    Example: octo campaign report runs/demo
+    """
+    from megatron_octo.campaign.report import write_report
+
+    facts = write_report(directory)
+    _print_json(facts) if as_json else typer.echo(str(directory / "report" / "index.html"))
+
+
+@app.command()
+def train(
+    file: Path,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="stop, with a checkpoint, at this token position: 40K")] = None,
+) -> None:
+    """Train a run on this machine, or go on with it; starts as many processes as its layout needs.
+
+    Example: octo train run.yaml parallel.tensor=2 --until 1M
+    """
+    from megatron_octo.train.api import train_run
+    from megatron_octo.units import parse_tokens
+
+    train_run(file, overrides or [], None if until is None else parse_tokens(until))
+
+
+@_apps["branch"].command("show")
+def branch_show(directory: Path, as_json: AsJson = False) -> None:
+    """Show a run's ancestors: who forked from whom, at which token, carrying what.
+
+    Example: octo branch show runs/demo/long
+    """
+    from megatron_octo.schedule.fork import describe_lineage, read_lineage
+
+    lineage = read_lineage(directory)
+    _print_json(lineage) if as_json else typer.echo(describe_lineage(lineage))
+
+
+@_apps["data"].command("build")
+def data_build(file: Path, out: Annotated[Path, typer.Option(help="directory to write")]) -> None:
+    """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
+
+    Example: octo data build mix.yaml --out data
+    """
+    from megatron_octo.config.data import DataBuildConfig
+    from megatron_octo.config.load import load_config
+    from megatron_octo.data.build import build_data
+
+    build_data(load_config(DataBuildConfig, file), out)
+
+
+@_apps["data"].command("inspect")
+def data_inspect(prefix: Path, as_json: AsJson = False) -> None:
+    """Check an indexed dataset and show what it holds.
+
+    Example: octo data inspect data/web
+    """
+    from megatron_octo.data.indexed import inspect
+
+    _print(inspect(prefix), as_json)
+
+
+@_apps["convert"].command("to-hf")
+def convert_to_hf(
+    paths: Annotated[
+        list[Path], typer.Argument(help="CHECKPOINT OUT [CHECKPOINT OUT ...]; a run directory means its latest")
+    ],
+) -> None:
+    """Convert checkpoints to Hugging Face directories, each with a certificate.
+
+    Example: octo convert to-hf runs/demo/long hf/long
+    """
+    from megatron_octo.convert.api import to_hf_many
+
+    if len(paths) % 2:
+        raise typer.BadParameter("give pairs: CHECKPOINT OUT")
+    to_hf_many(list(zip(paths[::2], paths[1::2], strict=True)))
+
+
+@_apps["convert"].command("from-hf")
+def convert_from_hf(model: Path, out: Path) -> None:
+    """Convert a Hugging Face Llama to a checkpoint that `start.checkpoint` accepts.
+
+    Example: octo convert from-hf Llama-3.2-1B start/
+    """
+    from megatron_octo.convert.api import from_hf
+
+    from_hf(model, out)
+
+
+@_apps["convert"].command("verify")
+def convert_verify(directory: Path, as_json: AsJson = False) -> None:
+    """Check a converted model against its certificate.
+
+    Example: octo convert verify runs/demo/hf/long
+    """
+    from megatron_octo.convert.api import verify
+
+    _print(verify(directory), as_json)
+
+
+@_apps["convert"].command("show")
+def convert_show(path: Path, as_json: AsJson = False) -> None:
+    """List the tensors of a checkpoint or a Hugging Face directory, without loading them.
+
+    Example: octo convert show runs/demo/stable
+    """
+    from megatron_octo.convert.api import show
+
+    _print(show(path), as_json)
+
+
+@_apps["rl"].command("train")
+def rl_train(file: Path) -> None:
+    """Run the RL stage: the real OpenRLHF trainer for each run of the file.
+
+    Example: octo rl train runs/demo/stages/rl.yaml
+    """
+    from megatron_octo.config.load import load_config
+    from megatron_octo.config.rl import RLStageConfig
+    from megatron_octo.rl.run import train_rl
+
+    train_rl(load_config(RLStageConfig, file))
+
+
+@_apps["rl"].command("command")
+def rl_command(file: Path) -> None:
+    """Print the OpenRLHF command line of every run and length stage.
+
+    Example: octo rl command rl.yaml
+    """
+    import shlex
+
+    from megatron_octo.config.load import load_config
+    from megatron_octo.config.rl import RLStageConfig
+    from megatron_octo.rl.argv import commands
+
+    for command in commands(load_config(RLStageConfig, file)):
+        typer.echo(shlex.join(command))
+
+
+@_apps["eval"].command("run")
+def eval_run(file: Path) -> None:
+    """Answer held-out problems, greedy and sampled, and score the answers.
+
+    Example: octo eval run runs/demo/stages/evaluate-base.yaml
+    """
+    from megatron_octo.config.evaluate import EvaluateConfig
+    from megatron_octo.config.load import load_config
+    from megatron_octo.evaluate.run import evaluate_model
+
+    evaluate_model(load_config(EvaluateConfig, file))
+
+
+@_apps["eval"].command("grade")
+def eval_grade(file: Path, as_json: AsJson = False) -> None:
+    """Grade a file of responses: one {"response", "answer", "stopped"} a line.
+
+    Example: octo eval grade responses.jsonl
+    """
+    from megatron_octo.evaluate.run import grade_file
+
+    _print(grade_file(file), as_json)
+
+
+def _finish(out: Path) -> None:
+    typer.echo(f"report: {out / 'report' / 'index.html'}")
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key:24} {value}")
+
+
+def _print_json(facts: Any) -> None:
+    typer.echo(json.dumps(facts, indent=2, default=str))
+
+
+def _end_on_sigterm(number: int, frame: Any) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    """Entry point: an `OctoError` is one line on stderr and its exit code."""
+    signal.signal(signal.SIGTERM, _end_on_sigterm)
+    try:
+        app()
+    except OctoError as error:
+        print(f"octo: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("octo: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

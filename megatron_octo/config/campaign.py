@@ -1,0 +1,99 @@
+"""A campaign: one file for the whole of OctoThinker, from data to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_octo.config.base import Strict
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.run import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_octo.units import Tokens
+
+
+class Leg(Strict):
+    """A part of the stable stage on one layout; the next leg goes on, resharded, from its checkpoint."""
+
+    until: Tokens | None = Field(default=None, description="token position where it ends; the last leg runs to the end")
+    parallel: ParallelConfig = ParallelConfig()
+
+
+class TrainingConfig(Strict):
+    """What the stable stage and all branches share."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    sequence_length: int = Field(gt=1)
+    batch: BatchConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: Tokens = Field(gt=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class StableConfig(Strict):
+    """The stable stage: constant learning rate, one or more layouts in succession."""
+
+    tokens: Tokens = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup: Tokens = 0
+    mixture: dict[str, float] = Field(min_length=1, description="source -> weight of packed sequences")
+    legs: list[Leg] = Field(default=[Leg()], min_length=1)
+
+    @model_validator(mode="after")
+    def _legs_in_order(self) -> StableConfig:
+        ends = [leg.until for leg in self.legs[:-1]]
+        if None in ends or sorted(set(ends)) != ends or (ends and ends[-1] >= self.tokens):
+            raise ValueError("every leg but the last needs 'until', increasing and below 'tokens'")
+        if self.legs[-1].until is not None:
+            raise ValueError("the last leg runs to the end: remove its 'until'")
+        return self
+
+
+class BranchConfig(Strict):
+    """A decay branch forked from the end of the stable stage: cosine from its learning rate."""
+
+    tokens: Tokens = Field(gt=0)
+    mixture: dict[str, float] = Field(min_length=1)
+    parallel: ParallelConfig = ParallelConfig()
+    final_ratio: float = Field(default=0.1, ge=0, le=1)
+    max_new_tokens: int = Field(gt=0, description="longest answer in RL and evaluation, tokens")
+
+
+class CampaignEvaluation(Strict):
+    """How each branch is measured before and after RL."""
+
+    samples: int = Field(default=2, gt=0, description="samples a problem at temperature 1")
+    batch: int = Field(default=256, gt=0)
+
+
+class CampaignStart(Strict):
+    """Start from a Llama in Hugging Face form instead of random weights (the model section must agree)."""
+
+    hf: Path
+
+
+class CampaignConfig(Strict):
+    """The whole tree: data, stable stage, branches, RL, evaluation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = 0
+    data: DataBuildConfig
+    model: ModelConfig
+    start: CampaignStart | None = None
+    training: TrainingConfig
+    stable: StableConfig
+    branches: dict[str, BranchConfig] = Field(min_length=1)
+    template: str = Field(default="world", description="prompt template of RL and evaluation")
+    rl: RLConfig | None = None
+    evaluation: CampaignEvaluation = CampaignEvaluation()
+
+    @model_validator(mode="after")
+    def _branch_names(self) -> CampaignConfig:
+        taken = {"data", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"} & set(
+            self.branches
+        )
+        if taken:
+            raise ValueError(f"a branch cannot be called {sorted(taken)[0]!r}: the campaign directory uses that name")
+        return self
