@@ -41,7 +41,9 @@ class Progress:
         self._write(force=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._write(force=True)
         if self._bar is not None:
             self._bar.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from megatron_octo.campaign.state import StageState, read_state, write_state
 from megatron_octo.errors import StageFailed
 from megatron_octo.progress import PROGRESS_VARIABLE
 from megatron_octo.runtime.launch import die_with_parent
+
+OCTO = (sys.executable, "-m", "megatron_octo.cli")
+"""The command a stage's arguments are given to."""
 
 _POLL_SECONDS = 0.2
 _SIGTERM_GRACE_SECONDS = 30
@@ -38,10 +42,11 @@ class Engine:
         out: campaign directory.
         stages: all stages; every name in a stage's `needs` is among them.
         cores: how many cores stages may use together; a stage that wants more runs alone.
+        command: what a stage's arguments are given to.
     """
 
-    def __init__(self, out: Path, stages: list[Stage], cores: int) -> None:
-        self.out, self.stages, self.cores = out, stages, cores
+    def __init__(self, out: Path, stages: list[Stage], cores: int, command: tuple[str, ...] = OCTO) -> None:
+        self.out, self.stages, self.cores, self.command = out, stages, cores, command
         self.done = {stage.name for stage in stages if read_state(out, stage.name).status == "done"}
         self.running: dict[str, Running] = {}
         self.display = Display(out, stages)
@@ -82,7 +87,7 @@ class Engine:
         progress.unlink(missing_ok=True)
         with (self.out / "logs" / f"{stage.name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_octo.cli", *stage.arguments],
+                [*self.command, *stage.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -135,7 +140,5 @@ class Engine:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_octo.campaign.stages import Stage
@@ -92,18 +91,15 @@ def status_table(out: Path, stages: list[Stage]) -> Any:
 def _describe(progress: dict[str, Any], state: StageState) -> str:
     if not progress:
         return "starting"
-    done, total = progress["done"], progress["total"] or 1
-    amount = format_tokens if progress["unit"] == "tokens" else lambda count: f"{count:g}"
-    parts = [
-        progress["label"],
-        f"{done / total:4.0%}",
-        f"{amount(int(done))} of {amount(int(total))} {progress['unit']}",
-    ]
-    parts += [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in progress["facts"].items()
-    ]
+    done, total, unit = progress["done"], progress["total"] or 1, progress["unit"]
+    parts = [progress["label"], f"{done / total:4.0%}", f"{_amount(done, unit)} of {_amount(total, unit)} {unit}"]
+    for name, value in progress["facts"].items():
+        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     spent = progress["time"] - state.started
     if 0 < done < total and spent > 0:
         parts.append(f"eta {format_duration(spent * (total - done) / done)}")
     return "  ".join(parts)
+
+
+def _amount(count: float, unit: str) -> str:
+    return format_tokens(int(count)) if unit == "tokens" else f"{count:g}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_octo.campaign.state import write_atomically
 from megatron_octo.config.campaign import BranchConfig, CampaignConfig, Leg
 from megatron_octo.config.check import check_run
@@ -71,9 +73,8 @@ class _Plan:
     def _data(self) -> Stage:
         path = self.files / "data.yaml"
         dump_config(self.config.data, path)
-        return Stage(
-            "data", "generate, tokenise, index", (), ("data", "build", str(path), "--out", str(self.out / "data"))
-        )
+        arguments = ("data", "build", str(path), "--out", str(self.out / "data"))
+        return Stage("data", "generate, tokenise, index", (), arguments)
 
     def _import(self) -> list[Stage]:
         if self.config.start is None:
@@ -154,44 +155,36 @@ class _Plan:
 
     def _rl(self, names: tuple[str, ...]) -> Stage:
         assert self.config.rl is not None
-        path = self.files / "rl.yaml"
-        runs = {
-            name: {
-                "model": str(self.out / "hf" / name),
-                "out": str(self.out / "rl" / name),
-                "max_response": self.config.branches[name].max_new_tokens,
-            }
-            for name in names
+        runs = {name: self._rl_run(name) for name in names}
+        problems = str(self.out / "data" / "problems" / "train.jsonl")
+        path = self._write("rl", {"rl": self.config.rl.model_dump(mode="json"), "prompts": problems, "runs": runs})
+        title = f"PPO on {len(names)} branches in one Ray"
+        return Stage("rl", title, ("evaluate-base",), ("rl", "train", str(path)), self.cores)
+
+    def _rl_run(self, name: str) -> dict[str, Any]:
+        return {
+            "model": str(self.out / "hf" / name),
+            "out": str(self.out / "rl" / name),
+            "max_response": self.config.branches[name].max_new_tokens,
         }
-        values = {
-            "rl": self.config.rl.model_dump(mode="json"),
-            "prompts": str(self.out / "data" / "problems" / "train.jsonl"),
-            "runs": runs,
-        }
-        write_atomically(path, _yaml(values))
-        return Stage(
-            "rl", f"PPO on {len(names)} branches in one Ray", ("evaluate-base",), ("rl", "train", str(path)), self.cores
-        )
 
     def _evaluate(self, when: str, models: dict[str, Path], needs: tuple[str, ...]) -> Stage:
-        path = self.files / f"evaluate-{when}.yaml"
+        lengths = {f"{name}-{when}": self.config.branches[name].max_new_tokens for name in models}
         values = {
             "models": {f"{name}-{when}": str(model) for name, model in models.items()},
             "problems": str(self.out / "data" / "problems" / "heldout.jsonl"),
             "out": str(self.out / "eval"),
             "template": self.config.template,
-            "max_new_tokens": {f"{name}-{when}": self.config.branches[name].max_new_tokens for name in models},
+            "max_new_tokens": lengths,
             "samples": self.config.evaluation.samples,
             "batch": self.config.evaluation.batch,
             "seed": self.config.seed,
         }
-        write_atomically(path, _yaml(values))
-        return Stage(
-            f"evaluate-{when}", "held-out problems, greedy and sampled", needs, ("eval", "run", str(path)), self.cores
-        )
+        path = self._write(f"evaluate-{when}", values)
+        title = "held-out problems, greedy and sampled"
+        return Stage(f"evaluate-{when}", title, needs, ("eval", "run", str(path)), self.cores)
 
-
-def _yaml(values: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    def _write(self, stage: str, values: dict[str, Any]) -> Path:
+        path = self.files / f"{stage}.yaml"
+        write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return path

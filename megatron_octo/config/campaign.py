@@ -14,6 +14,9 @@ from megatron_octo.config.run import BatchConfig, ModelConfig, OptimizerConfig, 
 from megatron_octo.units import Tokens
 
 
+_DIRECTORIES = {"data", "start", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}
+
+
 class Leg(Strict):
     """A part of the stable stage on one layout; the next leg goes on, resharded, from its checkpoint."""
 

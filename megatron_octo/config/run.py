@@ -150,7 +150,7 @@ class Fork(Strict):
 class StartConfig(Strict):
     """Where the weights come from; nothing set means random initialisation."""
 
-    checkpoint: Path | None = Field(default=None, description="sealed torch_dist checkpoint, e.g. of `octo convert from-hf`")
+    checkpoint: Path | None = Field(default=None, description="sealed checkpoint, e.g. of `octo convert from-hf`")
     fork: Fork | None = None
 
     @model_validator(mode="after")

@@ -1,0 +1,193 @@
+"""What a campaign directory holds, read as it is: the one place that knows file and field names of the other rooms.
+
+Everything may be missing, half written or damaged. What cannot be read counts as missing and is named in `notes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_NOT_BRANCHES = {"data", "stable", "start", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its steps in order and where it came from.
+
+    Attributes:
+        rows: objects of metrics.jsonl, one a step, each with a finite `tokens`.
+        lineage: content of lineage.json; empty when there is none.
+        hashes: file name -> sha256 of the newest sealed checkpoint's seal.
+        facts: run.json of that checkpoint; empty when there is none.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    lineage: dict[str, Any]
+    hashes: dict[str, str]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One decay branch and what was made of it; parts that do not exist yet are None or empty."""
+
+    name: str
+    run: Run
+    certificate: dict[str, Any] | None
+    rl: list[dict[str, Any]]
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    hashes: dict[str, str]
+
+
+@dataclass
+class Record:
+    """Everything the report is made from."""
+
+    name: str
+    config: dict[str, Any]
+    manifest: dict[str, Any] | None
+    machine: dict[str, Any] | None
+    states: dict[str, dict[str, Any]]
+    stable: Run
+    branches: list[Branch]
+    hashes: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The stable run, then the branches."""
+        return [self.stable, *(branch.run for branch in self.branches)]
+
+    @property
+    def wants_rl(self) -> bool:
+        """Whether the campaign asks for RL (a campaign that does not say is taken to)."""
+        return "rl" not in self.config or self.config["rl"] is not None
+
+
+def number(value: Any) -> float | int | None:
+    """The value if it is a finite number, else None."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None
+
+
+def look(values: Any, *paths: str) -> Any:
+    """The first value found under slash-separated paths of nested mappings, else None."""
+    for path in paths:
+        found = values
+        for part in path.split("/"):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None:
+            return found
+    return None
+
+
+def read_record(out: Path) -> Record:
+    """Read a campaign directory; never fails on what is in it."""
+    reader = _Reader(out)
+    config = reader.mapping("campaign.yaml", yaml.safe_load) or {}
+    return Record(
+        name=str(config.get("name") or out.name),
+        config=config,
+        manifest=reader.mapping("data/manifest.json"),
+        machine=reader.mapping("machine.json"),
+        states=reader.states(),
+        stable=reader.run("stable"),
+        branches=[reader.branch(name) for name in reader.branch_names(config)],
+        hashes=reader.hashes("campaign.yaml", "data/manifest.json"),
+        notes=reader.notes,
+    )
+
+
+class _Reader:
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.notes: list[str] = []
+
+    def mapping(self, name: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any] | None:
+        path = self.out / name
+        if not path.is_file():
+            return None
+        try:
+            values = parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            values = None
+        if not isinstance(values, dict):
+            self.notes.append(f"{name} is damaged and was not used")
+            return None
+        return values
+
+    def lines(self, name: str, key: str) -> list[dict[str, Any]]:
+        """Objects of a .jsonl file ordered by `key`; of two with the same value the later one counts."""
+        path = self.out / name
+        if not path.is_file():
+            return []
+        rows: dict[float, dict[str, Any]] = {}
+        damaged = 0
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            row = _parse_object(line)
+            at = number(row.get(key))
+            if at is None:
+                damaged += bool(line.strip())
+            else:
+                rows[at] = row
+        if damaged:
+            self.notes.append(f"{name}: {damaged} unreadable {'line' if damaged == 1 else 'lines'} left out")
+        return [rows[at] for at in sorted(rows)]
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for path in sorted(self.out.glob("state/*.json")):
+            state = self.mapping(f"state/{path.name}")
+            if state is not None and path.stem != "report":  # the report is being written right now
+                found[path.stem] = state
+        return found
+
+    def branch_names(self, config: dict[str, Any]) -> list[str]:
+        if isinstance(config.get("branches"), dict):
+            return [str(name) for name in config["branches"]]
+        runs = {path.parent.name for path in self.out.glob("*/metrics.jsonl")}
+        return sorted(runs - _NOT_BRANCHES)
+
+    def run(self, name: str) -> Run:
+        seals = sorted(self.out.glob(f"{name}/checkpoints/*/seal.json"))
+        newest = f"{name}/checkpoints/{seals[-1].parent.name}" if seals else ""
+        return Run(
+            name=name,
+            rows=self.lines(f"{name}/metrics.jsonl", "tokens"),
+            lineage=self.mapping(f"{name}/lineage.json") or {},
+            hashes=self.hashes(f"{newest}/seal.json") if newest else {},
+            facts=(self.mapping(f"{newest}/run.json") if newest else None) or {},
+        )
+
+    def branch(self, name: str) -> Branch:
+        return Branch(
+            name=name,
+            run=self.run(name),
+            certificate=self.mapping(f"hf/{name}/certificate.json"),
+            rl=self.lines(f"rl/{name}/metrics.jsonl", "step"),
+            before=self.mapping(f"eval/{name}-base.json"),
+            after=self.mapping(f"eval/{name}-rl.json"),
+            hashes=self.hashes(f"hf/{name}/certificate.json", f"eval/{name}-base.json", f"eval/{name}-rl.json"),
+        )
+
+    def hashes(self, *names: str) -> dict[str, str]:
+        present = [name for name in names if (self.out / name).is_file()]
+        return {name: hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in present}
+
+
+def _parse_object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from megatron_octo.config.check import check_run
+from megatron_octo.config.load import apply_overrides, differences, dump_config, load_config, parse_config
+from megatron_octo.config.run import ModelConfig, RunConfig
+from megatron_octo.errors import ConfigError
+from megatron_octo.units import format_duration, format_tokens, parse_tokens
+
+RUN = {
+    "name": "run",
+    "out": "runs/run",
+    "model": {"layers": 4, "hidden": 64, "heads": 8, "kv_groups": 4, "ffn": 128, "vocabulary": 300},
+    "data": {"tokenizer": "tok", "mixture": {"web": {"path": "d/web", "weight": 1}}, "sequence_length": 64},
+    "batch": {"global_batch": 8, "micro_batch": 2},
+    "schedule": {"learning_rate": 1e-3, "tokens": "10K"},
+    "checkpoint": {"every": "5K"},
+}
+
+
+def run(**overrides: object) -> RunConfig:
+    pairs = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return parse_config(RunConfig, apply_overrides(RUN, pairs), "run.yaml")
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    dump_config(run(), tmp_path / "run.yaml")
+    assert load_config(RunConfig, tmp_path / "run.yaml") == run()
+
+
+def test_base_file_lies_under(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "over.yaml").write_text("base: base.yaml\nname: other\nmodel: {layers: 2}\n")
+    loaded = load_config(RunConfig, tmp_path / "over.yaml", ["batch.micro_batch=4"])
+    assert (loaded.name, loaded.model.layers, loaded.model.hidden, loaded.batch.micro_batch) == ("other", 2, 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.layer=3", ["model.layer", "'layers'"]),
+        ("mdoel.layers=3", ["mdoel", "'model'"]),
+        ("data.mixture.web.wieght=1", ["wieght", "'weight'"]),
+        ("data.mixture.web.weight=0", ["data.mixture.web.weight", "greater than 0"]),
+        ("data.mixture.web.weight=.nan", ["weight", "finite"]),
+        ("schedule.tokens=ten", ["schedule.tokens", "'ten'", "token count"]),
+        ("schedule.warmup=20K", ["warmup of 20000", "10000"]),
+        ("parallel.sequence=true", ["tensor > 1"]),
+        ("model.heads=7", ["hidden 64", "heads 7"]),
+        ("no-equals-sign", ["no-equals-sign", "key.subkey=value"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, override: str, words: list[str]) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, tmp_path / "run.yaml", [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, ["no such file"]), ("a: [1", ["not valid YAML"]), ("- 1", ["mapping"]), (b"\xff\xfe", ["cannot be read"])],
+)
+def test_bad_files(tmp_path: Path, text: str | bytes | None, words: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match="run.yaml") as caught:
+        load_config(RunConfig, path)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"parallel__tensor": 3}, "model.heads"),
+        ({"parallel__tensor": 8}, "model.kv_groups"),
+        ({"parallel__pipeline": 3}, "model.layers"),
+        ({"parallel__data": 3}, "batch.global_batch"),
+        ({"batch__micro_batch": 3}, "batch.global_batch"),
+        ({"model__max_positions": 32}, "data.sequence_length"),
+        ({"parallel__context": 3}, "data.sequence_length"),
+    ],
+)
+def test_cross_field_rules(overrides: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        check_run(run(**overrides))
+
+
+def test_good_layouts_pass() -> None:
+    check_run(run(parallel__tensor=2, parallel__pipeline=2, parallel__sequence="true"))
+    check_run(run(parallel__context=2))
+    assert run(parallel__tensor=2, parallel__pipeline=2, parallel__sequence="true").parallel.label == "TP2 PP2 SP"
+
+
+def test_steps_round_up() -> None:
+    assert run().tokens_per_step == 512
+    assert run().steps == 20
+
+
+def test_rope_scaling_that_megatron_cannot_express_is_refused() -> None:
+    with pytest.raises(ConfigError, match="low_freq_factor"):
+        values = {**RUN["model"], "rope_scaling": {"factor": 8, "low_freq_factor": 2.0}}
+        parse_config(ModelConfig, values, "model")
+
+
+def test_differences_name_fields() -> None:
+    old, new = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}
+    assert differences(old, new) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_token_counts() -> None:
+    assert [parse_tokens(text) for text in ("20B", "1.5M", "40k", "1_000", 7)] == [20 * 10**9, 1_500_000, 40_000, 1000, 7]
+    for bad in ("1.5", "-3", "x", True, -1, 1.5):
+        with pytest.raises(ValueError):
+            parse_tokens(bad)
+    assert [format_tokens(count) for count in (999, 1_048_576, 20 * 10**9)] == ["999", "1.05M", "20B"]
+    assert [format_duration(seconds) for seconds in (5, 75, 5400)] == ["5s", "1m15s", "1h30m"]
