@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_octo.campaign.engine import Engine
+from megatron_octo.campaign.machine import record_machine
 from megatron_octo.campaign.stages import Stage, expand
 from megatron_octo.campaign.state import StageState, exclusive, read_state, settle_config
 from megatron_octo.config.campaign import CampaignConfig
@@ -36,6 +37,7 @@ def run_campaign(path: Path, out: Path | None = None, overrides: list[str] | Non
     cores = len(os.sched_getaffinity(0))
     with exclusive(out):
         settle_config(out, config)
+        record_machine(out)
         Engine(out, expand(config, out, cores), cores).run()
     return out
 

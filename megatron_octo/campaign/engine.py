@@ -92,7 +92,7 @@ class Engine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, PROGRESS_VARIABLE: str(progress)},
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent(),
                 start_new_session=True,
             )
         self.running[stage.name] = Running(stage, process, state, before)

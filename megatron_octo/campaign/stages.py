@@ -72,7 +72,7 @@ class _Plan:
 
     def _data(self) -> Stage:
         path = self.files / "data.yaml"
-        dump_config(self.config.data, path)
+        dump_config(self.config.data.model_copy(update={"seed": self.config.seed}), path)
         arguments = ("data", "build", str(path), "--out", str(self.out / "data"))
         return Stage("data", "generate, tokenise, index", (), arguments)
 
@@ -155,17 +155,18 @@ class _Plan:
 
     def _rl(self, names: tuple[str, ...]) -> Stage:
         assert self.config.rl is not None
-        runs = {name: self._rl_run(name) for name in names}
-        problems = str(self.out / "data" / "problems" / "train.jsonl")
-        path = self._write("rl", {"rl": self.config.rl.model_dump(mode="json"), "prompts": problems, "runs": runs})
-        title = f"PPO on {len(names)} branches in one Ray"
+        common = self.config.rl.model_dump(mode="json", exclude_unset=True)
+        common |= {"template": self.config.template, "seed": self.config.seed}
+        path = self._write("rl", {"rl": common, "runs": {name: self._rl_run(name) for name in names}})
+        title = f"{self.config.rl.algorithm.upper()} on {len(names)} branches in one Ray"
         return Stage("rl", title, ("evaluate-base",), ("rl", "train", str(path)), self.cores)
 
     def _rl_run(self, name: str) -> dict[str, Any]:
         return {
             "model": str(self.out / "hf" / name),
             "out": str(self.out / "rl" / name),
-            "max_response": self.config.branches[name].max_new_tokens,
+            "problems": str(self.out / "data" / "problems" / "train.jsonl"),
+            "overrides": {"max_response": self.config.branches[name].max_new_tokens},
         }
 
     def _evaluate(self, when: str, models: dict[str, Path], needs: tuple[str, ...]) -> Stage:

@@ -13,7 +13,6 @@ from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.run import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_octo.units import Tokens
 
-
 _DIRECTORIES = {"data", "start", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}
 
 
@@ -78,7 +77,10 @@ class CampaignStart(Strict):
 
 
 class CampaignConfig(Strict):
-    """The whole tree: data, stable stage, branches, RL, evaluation."""
+    """The whole tree: data, stable stage, branches, RL, evaluation.
+
+    `seed` and `template` hold for every stage; what a section says of its own is replaced by them.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     seed: int = 0
