@@ -13,6 +13,7 @@ from megatron_octo.config.campaign import BranchConfig, CampaignConfig, Leg
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import dump_config, parse_config
 from megatron_octo.config.run import ParallelConfig, RunConfig
+from megatron_octo.errors import ConfigError
 from megatron_octo.units import format_tokens
 
 
@@ -143,7 +144,10 @@ class _Plan:
             "checkpoint": {"every": training.checkpoint_every, "keep": training.keep},
         }
         config = parse_config(RunConfig, values, f"stage '{stage}'")
-        check_run(config)
+        try:
+            check_run(config)
+        except ConfigError as error:
+            raise ConfigError(f"stage '{stage}': {error.what}", error.rule, error.fix) from None
         dump_config(config, self.files / f"{stage}.yaml")
         return self.files / f"{stage}.yaml"
 

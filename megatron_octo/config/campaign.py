@@ -96,9 +96,27 @@ class CampaignConfig(Strict):
 
     @model_validator(mode="after")
     def _branch_names(self) -> CampaignConfig:
-        taken = {"data", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"} & set(
-            self.branches
-        )
+        taken = sorted(_DIRECTORIES & set(self.branches))
         if taken:
-            raise ValueError(f"a branch cannot be called {sorted(taken)[0]!r}: the campaign directory uses that name")
+            raise ValueError(f"a branch cannot be called {taken[0]!r}: the campaign directory uses that name")
+        return self
+
+    @model_validator(mode="after")
+    def _mixtures_name_sources(self) -> CampaignConfig:
+        mixtures = {"stable": self.stable.mixture, **{name: branch.mixture for name, branch in self.branches.items()}}
+        for stage, mixture in mixtures.items():
+            for source in mixture:
+                if source not in self.data.sources:
+                    raise ValueError(
+                        f"{stage} mixes {source!r}; the sources of data are {', '.join(self.data.sources)}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary_fits(self) -> CampaignConfig:
+        train = self.data.tokenizer.train
+        if train and train.vocabulary_size > self.model.vocabulary:
+            raise ValueError(
+                f"the tokenizer has {train.vocabulary_size} entries, model.vocabulary only {self.model.vocabulary} rows"
+            )
         return self

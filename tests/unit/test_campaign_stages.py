@@ -1,0 +1,108 @@
+"""The demo's tree, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.campaign.api import RECIPES, campaign_stages, find_recipe, run_campaign
+from megatron_octo.campaign.stages import expand
+from megatron_octo.campaign.state import settle_config
+from megatron_octo.config.campaign import CampaignConfig
+from megatron_octo.config.load import load_config
+from megatron_octo.config.run import RunConfig
+from megatron_octo.errors import ConfigError
+
+DEMO = Path("recipes/campaigns/demo.yaml")
+
+
+def demo(*overrides: str) -> CampaignConfig:
+    return load_config(CampaignConfig, find_recipe(DEMO), list(overrides))
+
+
+def test_tree(tmp_path: Path) -> None:
+    stages = {stage.name: stage for stage in expand(demo(), tmp_path, 2)}
+    assert list(stages) == [
+        "data", "stable-1", "stable-2", "long", "short", "hybrid", "convert", "evaluate-base", "rl", "evaluate-rl", "report",
+    ]  # fmt: skip
+    assert stages["stable-2"].needs == ("stable-1",)
+    assert all(stages[name].needs == ("stable-2",) for name in ("long", "short", "hybrid"))
+    assert stages["stable-1"].cores == 4
+    for number, stage in enumerate(stages.values()):
+        assert set(stage.needs) <= set(list(stages)[:number]), "needed stages come first"
+
+
+def test_branches_fork_where_the_stable_stage_ends(tmp_path: Path) -> None:
+    config = demo("stable.tokens=600001")
+    expand(config, tmp_path, 2)
+    stable = load_config(RunConfig, tmp_path / "stages" / "stable-2.yaml")
+    layouts = set()
+    for name in config.branches:
+        branch = load_config(RunConfig, tmp_path / "stages" / f"{name}.yaml")
+        assert branch.start.fork is not None
+        assert branch.start.fork.at == stable.steps * stable.tokens_per_step
+        assert branch.start.fork.parent == stable.out
+        assert branch.schedule.learning_rate == stable.schedule.learning_rate
+        layouts.add(branch.parallel.label)
+    assert len(layouts) == 3, "every branch proves another resharding"
+
+
+def test_legs_share_one_run_directory(tmp_path: Path) -> None:
+    expand(demo(), tmp_path, 2)
+    first, second = (load_config(RunConfig, tmp_path / "stages" / f"stable-{leg}.yaml") for leg in (1, 2))
+    assert first.out == second.out
+    assert first.model_copy(update={"parallel": second.parallel}) == second
+
+
+def test_the_seed_reaches_every_stage(tmp_path: Path) -> None:
+    expand(demo("seed=7"), tmp_path, 2)
+    for name in ("data", "stable-1", "evaluate-base"):
+        assert "seed: 7\n" in (tmp_path / "stages" / f"{name}.yaml").read_text(), name
+
+
+def test_a_campaign_without_rl_ends_with_its_evaluation(tmp_path: Path) -> None:
+    names = [stage.name for stage in expand(demo("rl=null"), tmp_path, 2)]
+    assert names[-2:] == ["evaluate-base", "report"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("brances={}", ["brances", "'branches'"]),
+        ("branches.long.mixtur={}", ["mixtur", "'mixture'"]),
+        ("branches.long.parallel.tensor=3", ["stage 'long'", "parallel.tensor = 3", "model.heads = 4"]),
+        ("branches.long.parallel.data=3", ["global_batch", "not divisible"]),
+        ("branches.short.mixture.shrot_cot=0.5", ["shrot_cot"]),
+        ("stable.mixture={nowhere: 1}", ["nowhere"]),
+        ("branches.stable={}", ["stable"]),
+        ("stable.legs=[{until: 900K}, {}]", ["until"]),
+        ("model.vocabulary=300", ["434", "300"]),
+        ("stable.tokens=many", ["'many'"]),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(demo(override), tmp_path, 2)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_other_settings_need_another_directory(tmp_path: Path) -> None:
+    settle_config(tmp_path, demo())
+    with pytest.raises(ConfigError, match="branches.long.mixture.web: 0.45 -> 0.4;"):
+        run_campaign(DEMO, tmp_path, ["branches.long.mixture.web=0.40"])
+
+
+def test_status_of_a_fresh_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a campaign directory"):
+        campaign_stages(tmp_path)
+    settle_config(tmp_path, demo())
+    assert {state.status for _, state in campaign_stages(tmp_path)} == {"waiting"}
+
+
+def test_every_recipe_loads() -> None:
+    recipes = sorted((RECIPES / "campaigns").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load_config(CampaignConfig, recipe)
