@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
 from megatron_octo.campaign.machine import describe_machine
-from megatron_octo.campaign.record import Branch, Record, Run, look, number
+from megatron_octo.campaign.record import Branch, Record, Run, look, look_number, number
+from megatron_octo.campaign.samples import all_pairs
 
 FORMAT = 1
 """Version of report.json's layout."""
@@ -21,7 +23,8 @@ REWARD_WINDOW = 3
 
 _ORDER = ("data", "start", "stable")
 _TAIL = ("convert", "evaluate-base", "rl", "evaluate-rl")
-_MEASURES = ("accuracy", "low", "high", "response_length", "format_rate", "stop_rate", "samples_per_problem")
+_MEASURES = {name: (name,) for name in ("accuracy", "low", "high", "format_rate", "stop_rate", "samples_per_problem")}
+_MEASURES["response_length"] = ("mean_response_tokens", "response_length")
 
 
 def build_facts(record: Record) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def build_facts(record: Record) -> dict[str, Any]:
     branches = {branch.name: _branch(branch) for branch in record.branches}
     missing = _missing(record, stages)
     machine = record.machine or describe_machine()
-    return {
+    facts = {
         "format": FORMAT,
         "name": record.name,
         "seed": number(record.config.get("seed")),
@@ -46,12 +49,21 @@ def build_facts(record: Record) -> dict[str, Any]:
         "notes": record.notes + _notes(record, branches),
         "wall_seconds": sum(stage["wall_seconds"] for stage in stages.values()),
         "data": _data(record.manifest),
+        "mixtures": _mixtures(record),
         "stages": stages,
         "branches": branches,
-        "hardware": {**machine.get("hardware", {}), "recorded": "by the campaign" if record.machine else "by the report"},
-        "versions": {**machine.get("versions", {}), **(look(record.stable.facts, "versions") or {})},
+        "certificates": {
+            "valid": sum(look(branch, "certificate/valid") is True for branch in branches.values()),
+            "branches": len(branches),
+        },
+        "hardware": {
+            **_mapping(machine, "hardware"),
+            "recorded": "by the campaign" if record.machine else "by the report",
+        },
+        "versions": {**_mapping(machine, "versions"), **_mapping(record.stable.facts, "versions")},
         "hashes": _hashes(record),
     }
+    return _without_nan(facts)
 
 
 def _stages(record: Record) -> dict[str, Any]:
@@ -77,7 +89,10 @@ def _stage(record: Record, states: list[str], run: Run | None) -> dict[str, Any]
     }
     if len(read) > 1:
         facts["parts"] = seconds
-    return {**facts, **_training(run)} if run is not None and run.rows else facts
+    if run is None or not run.rows:
+        return facts
+    planned = look(record.config, "stable/tokens" if run.name == "stable" else f"branches/{run.name}/tokens")
+    return {**facts, **_training(run), "planned_tokens": number(planned)}
 
 
 def _status(statuses: list[str]) -> str:
@@ -125,6 +140,7 @@ def _branch(branch: Branch) -> dict[str, Any]:
         "after": after,
         "response_length": {when: look(side, "greedy/response_length") for when, side in _sides(before, after)},
         "change": {kind: _change(before, after, kind) for kind in ("greedy", "sampled")},
+        "greedy_problem_by_problem": _problem_by_problem(branch),
     }
 
 
@@ -133,14 +149,13 @@ def _sides(before: Any, after: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def _fork(run: Run) -> dict[str, Any] | None:
-    if not run.lineage and not run.rows:
+    if not run.rows:
         return None
-    parent = look(run.lineage, "parent")
-    stated = number(look(run.lineage, "tokens", "position", "at", "fork/tokens"))
-    begin = layouts(run)[0]["from"] if run.rows else None
+    stated = number(look(run.lineage, "position"))
     return {
-        "parent": str(parent).rstrip("/").rpartition("/")[2] if parent else None,
-        "tokens": stated if stated is not None else begin,
+        "parent": look(run.lineage, "parent_run"),
+        "tokens": stated if stated is not None else layouts(run)[0]["from"],
+        "learning_rate": number(look(run.lineage, "learning_rate")),
         "carried": look(run.lineage, "carried"),
     }
 
@@ -148,14 +163,18 @@ def _fork(run: Run) -> dict[str, Any] | None:
 def _certificate(certificate: dict[str, Any] | None) -> dict[str, Any] | None:
     if certificate is None:
         return None
+    checks = [part for part in certificate.values() if isinstance(part, dict) and "passed" in part]
     return {
         "valid": certificate.get("valid") is True,
-        "tensors": number(look(certificate, "coverage/tensors", "coverage/total", "tensors")),
-        "covered": number(look(certificate, "coverage/covered", "covered")),
-        "bitwise": look(certificate, "roundtrip/bitwise", "round_trip/bitwise", "bitwise"),
-        "max_abs_difference": number(look(certificate, "logits/max_abs_difference")),
-        "kl": number(look(certificate, "logits/kl")),
-        "greedy_match": number(look(certificate, "logits/greedy_match")),
+        "checks": len(checks) or None,
+        "checks_passed": sum(check["passed"] is True for check in checks) if checks else None,
+        "failed": certificate.get("failed"),
+        "tensors": look_number(certificate, "coverage/tensors"),
+        "covered": look_number(certificate, "coverage/covered"),
+        "bitwise": look(certificate, "round_trip/bitwise"),
+        "max_abs_difference": look_number(certificate, "logits/max_abs_difference"),
+        "kl": look_number(certificate, "logits/kl"),
+        "greedy_match": look_number(certificate, "logits/greedy_match"),
     }
 
 
@@ -176,9 +195,11 @@ def _rl(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _evaluation(values: dict[str, Any] | None) -> dict[str, Any] | None:
     if values is None:
         return None
-    sides: dict[str, Any] = {"problems": number(look(values, "n_problems", "problems"))}
+    count = look_number(values, "n_problems", "problems/n_problems", "greedy/n_problems", "sampled/n_problems")
+    sides: dict[str, Any] = {"problems": count}
     for kind in ("greedy", "sampled"):
-        sides[kind] = {name: number(look(values, f"{kind}/{name}")) for name in _MEASURES}
+        part = look(values, kind)
+        sides[kind] = {name: look_number(part, *paths) for name, paths in _MEASURES.items()}
     return sides
 
 
@@ -191,32 +212,77 @@ def _change(before: Any, after: Any, kind: str) -> dict[str, Any] | None:
     return {"accuracy": new["accuracy"] - old["accuracy"], "intervals_apart": apart}
 
 
+def _problem_by_problem(branch: Branch) -> dict[str, Any] | None:
+    """How greedy verdicts moved on the same problems, and how likely so lopsided a move is by chance (sign test)."""
+    pairs = [pair for pair in all_pairs(branch) if pair.before and pair.after]
+    verdicts = [(pair.before.right, pair.after.right) for pair in pairs if pair.before and pair.after]
+    if not verdicts or any(None in each for each in verdicts):
+        return None
+    right, wrong = verdicts.count((False, True)), verdicts.count((True, False))
+    moved = right + wrong
+    tail = sum(math.comb(moved, k) for k in range(min(right, wrong) + 1)) / 2**moved
+    return {"compared": len(verdicts), "became_right": right, "became_wrong": wrong, "p_value": min(1.0, 2 * tail)}
+
+
 def _data(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
     if manifest is None:
         return None
-    sources = manifest.get("sources")
-    named = sources.items() if isinstance(sources, dict) else ((look(s, "name"), s) for s in sources or [])
     counts = {
-        str(name): {kind: number(look(source, kind)) for kind in ("documents", "tokens")} for name, source in named
+        name: {kind: number(look(source, kind)) for kind in ("documents", "tokens")}
+        for name, source in _mapping(manifest, "sources").items()
     }
     totals = {kind: [count[kind] for count in counts.values()] for kind in ("documents", "tokens")}
     summed = {kind: None if None in parts else sum(parts) for kind, parts in totals.items()}
-    return {**summed, "sources": counts}
+    problems = {split: number(look(manifest, f"problems/{split}/count")) for split in ("train", "heldout")}
+    return {
+        **summed,
+        "sources": counts,
+        "problems": problems,
+        "vocabulary": number(look(manifest, "tokenizer/vocabulary")),
+    }
+
+
+def _mixtures(record: Record) -> dict[str, dict[str, float]]:
+    """Share of each source in each stage's mixture, from the configured weights."""
+    sections = {"stable": look(record.config, "stable/mixture")}
+    sections |= {branch.name: look(record.config, f"branches/{branch.name}/mixture") for branch in record.branches}
+    shares = {}
+    for stage, weights in sections.items():
+        known = {str(k): number(v) for k, v in weights.items()} if isinstance(weights, dict) else {}
+        total = sum(weight or 0 for weight in known.values())
+        if total > 0 and None not in known.values():
+            shares[stage] = {name: (weight or 0) / total for name, weight in known.items()}
+    return shares
 
 
 def _missing(record: Record, stages: dict[str, Any]) -> list[str]:
     """What a finished campaign would have and this directory has not, in words, in the campaign's order."""
-    missing = [] if record.manifest else ["data manifest"]
-    missing += [f"training metrics of {run.name}" for run in record.runs if not run.rows]
-    if not record.branches:
-        missing.append("branches")
-    for branch in record.branches:
-        parts = {"certificate": branch.certificate, "evaluation before RL": branch.before}
-        if record.wants_rl:
-            parts |= {"RL metrics": branch.rl, "evaluation after RL": branch.after}
-        missing += [f"{part} of {branch.name}" for part, found in parts.items() if not found]
-    unfinished = [name for name, stage in stages.items() if stage["status"] not in ("done", "unknown")]
-    return missing + [f"stage {name} is {stages[name]['status']}" for name in unfinished]
+    missing = [f"stage {n}: {s['status']}" for n, s in stages.items() if s["status"] not in ("done", "unknown")]
+    missing += [] if record.manifest else ["data manifest"]
+    missing += _without("training metrics", {run.name: run.rows for run in record.runs})
+    for name, stage in stages.items():
+        if (stage.get("tokens") or 0) < (stage.get("planned_tokens") or 0):
+            missing.append(
+                f"{stage['planned_tokens'] - stage['tokens']:,} of {stage['planned_tokens']:,} tokens of {name}"
+            )
+    missing += [] if record.branches else ["branches"]
+    for what, part in _PARTS.items():
+        if record.wants_rl or part not in ("rl", "after"):
+            missing += _without(what, {branch.name: getattr(branch, part) for branch in record.branches})
+    return missing
+
+
+_PARTS = {
+    "certificate": "certificate",
+    "evaluation before RL": "before",
+    "RL metrics": "rl",
+    "evaluation after RL": "after",
+}
+
+
+def _without(what: str, parts: dict[str, Any]) -> list[str]:
+    names = [name for name, part in parts.items() if not part]
+    return [f"{what} of {', '.join(names)}"] if names else []
 
 
 def _notes(record: Record, branches: dict[str, Any]) -> list[str]:
@@ -230,7 +296,9 @@ def _notes(record: Record, branches: dict[str, Any]) -> list[str]:
         if len(counts) > 1:
             notes.append(f"{name}: evaluated on different numbers of problems before and after RL")
     if record.machine is None:
-        notes.append("the campaign recorded no machine.json: hardware and versions are of the machine that wrote this report")
+        notes.append(
+            "the campaign recorded no machine.json: hardware and versions are of the machine that wrote this report"
+        )
     return notes
 
 
@@ -241,6 +309,20 @@ def _hashes(record: Record) -> dict[str, str]:
     for branch in record.branches:
         hashes.update(branch.hashes)
     return hashes
+
+
+def _without_nan(value: Any) -> Any:
+    """The same value with null in place of every NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return number(value) if isinstance(value, float) else value
+
+
+def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:

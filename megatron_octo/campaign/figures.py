@@ -1,4 +1,4 @@
-"""The report's pictures, drawn with matplotlib's object interface; numbers come from the facts, curves from the record."""
+"""The report's pictures, drawn with matplotlib; figures come from the facts, curves from the record."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from megatron_octo.campaign.curves import MOST_POINTS, Series, rl_series, smooth, thin, training_series, window_for
 from megatron_octo.campaign.facts import layouts
-from megatron_octo.campaign.palette import GRID, INK, MUTED, STABLE, SURFACE, branch_colours, themed
-from megatron_octo.campaign.record import Record, Run, look, number
+from megatron_octo.campaign.palette import GRID, INK, MUTED, SURFACE, branch_colours, themed
+from megatron_octo.campaign.record import Record, Run, look
 from megatron_octo.units import format_tokens
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 Drawn = TypeVar("Drawn")
 
-_MOST_POINTS = 800
 _HALF = 4.7
 _STYLE = {
-    "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "svg.fonttype": "none", "svg.hashsalt": "octo",
+    "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False,
+    "svg.fonttype": "none", "svg.hashsalt": "octo",
     "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.titlecolor": INK, "axes.titlesize": 9.5,
     "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.linewidth": 0.7,
@@ -49,30 +49,6 @@ def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
     return with_style
 
 
-@dataclass(frozen=True)
-class Series:
-    """One curve: positions, values, name and colour."""
-
-    name: str
-    colour: str
-    x: np.ndarray
-    y: np.ndarray
-
-
-def training_series(record: Record, column: str) -> list[Series]:
-    """A column of every run's metrics over the absolute token position; runs without it are left out."""
-    colours = {"stable": STABLE, **branch_colours([branch.name for branch in record.branches])}
-    found = [_series(run.name, colours[run.name], run.rows, "tokens", column) for run in record.runs]
-    return [series for series in found if series.x.size]
-
-
-def rl_series(record: Record, column: str) -> list[Series]:
-    """A column of every branch's RL metrics over the rollout step; branches without it are left out."""
-    colours = branch_colours([branch.name for branch in record.branches])
-    found = [_series(branch.name, colours[branch.name], branch.rl, "step", column) for branch in record.branches]
-    return [series for series in found if series.x.size]
-
-
 @styled
 def training_figure(record: Record, wide: bool) -> Figure | None:
     """Loss of all runs on one token axis with forks and layout changes, and the learning rate under it."""
@@ -83,8 +59,12 @@ def training_figure(record: Record, wide: bool) -> Figure | None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     _draw_losses(upper, record, losses, label_layouts=wide)
     for index, series in enumerate(rates):
-        lower.plot(series.x, series.y, color=series.colour, linewidth=1.8, linestyle=_taking_turns(series, index, rates))
-    lower.set_ylim(bottom=0)
+        lower.plot(
+            series.x, series.y, color=series.colour, linewidth=1.8, linestyle=_taking_turns(series, index, rates)
+        )
+    highest = max((series.y.max() for series in rates), default=0) or 1
+    lower.set_ylim(0, 1.08 * highest)
+    lower.set_yticks([0, highest / 2, highest])
     lower.set_ylabel("learning rate")
     lower.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     lower.set_xlabel("training tokens, counted along the lineage")
@@ -109,7 +89,7 @@ def length_figure(facts: dict[str, Any]) -> Figure | None:
         return None
     figure = _figure(_HALF, 1.1 + 0.75 * len(facts["branches"]))
     axes = figure.subplots()
-    for row, (name, branch, colour) in enumerate(_rows(facts)):
+    for row, (_, branch, colour) in enumerate(_rows(facts)):
         for when, offset in (("before", -0.19), ("after", 0.19)):
             length = look(branch, f"{when}/greedy/response_length")
             if length is not None:
@@ -139,7 +119,7 @@ def rl_figure(record: Record, column: str, label: str, percent: bool = False) ->
     _whole_steps(axes)
     axes.set_xlabel("rollout step")
     axes.set_ylabel(label)
-    _legend(axes)
+    _legend_above(axes)
     return figure
 
 
@@ -154,7 +134,9 @@ def overview_figure(record: Record, facts: dict[str, Any]) -> Figure:
         left.set_xlabel("training tokens, counted along the lineage")
     else:
         _say(left, "no training metrics yet")
-    kinds = [k for k in ("sampled", "greedy") if any(look(b, f"{w}/{k}/accuracy") is not None for b, w in _measured(facts))]
+    kinds = [
+        k for k in ("sampled", "greedy") if any(look(b, f"{w}/{k}/accuracy") is not None for b, w in _measured(facts))
+    ]
     if kinds:
         _draw_accuracy(right, facts, kinds[0])
         right.set_title(f"Accuracy, {kinds[0]}", pad=8)
@@ -164,33 +146,18 @@ def overview_figure(record: Record, facts: dict[str, Any]) -> Figure:
     return figure
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over `window` (odd) values.
-
-    At the start the window grows from one value, so that a steep fall is not flattened; at the end it keeps its left half.
-    """
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    index = np.arange(values.size)
-    left = np.minimum(window // 2, index)
-    right = np.minimum(left, values.size - 1 - index)
-    return (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
-
-
-def window_for(count: int) -> int:
-    """Steps in the running mean of a curve of `count` points: about a thirtieth, odd."""
-    return 2 * (count // 60) + (3 if count >= 12 else 1)
-
-
 @styled
-def to_svg(figure: Figure, name: str) -> str:
-    """Inline SVG without outside references; ids carry `name` so that several fit one page."""
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """Inline SVG without outside references; ids carry `name` so that several fit one page; `label` is read aloud."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1), count=1
+    )
     svg = re.sub(r'\bid="', f'id="{name}-', svg).replace("url(#", f"url(#{name}-")
     svg = svg.replace('xlink:href="#', f'href="#{name}-').replace("'DejaVu Sans'", "system-ui")
     return themed(re.sub(r"\n\s*", "\n", svg))
@@ -208,12 +175,6 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _series(name: str, colour: str, rows: list[dict[str, Any]], x: str, y: str) -> Series:
-    points = [(row[x], row[y]) for row in rows if number(row.get(x)) is not None and number(row.get(y)) is not None]
-    values = np.array(points, dtype=float).reshape(-1, 2)
-    return Series(name, colour, values[:, 0], values[:, 1])
 
 
 def _taking_turns(series: Series, index: int, all_series: list[Series]) -> Any:
@@ -242,20 +203,11 @@ def _draw_losses(axes: Axes, record: Record, losses: list[Series], label_layouts
 def _curve(axes: Axes, series: Series) -> None:
     """Raw values faint, their running mean strong on top; a few points are drawn as points."""
     few = series.x.size < 3
-    x, y = _thin(series.x, series.y)
+    x, y = thin(series.x, series.y)
     axes.plot(x, y, color=series.colour, linewidth=0.8, alpha=0.3, marker="o" if few else "")
     mean = smooth(series.y, window_for(series.y.size))
-    keep = np.unique(np.linspace(0, series.x.size - 1, min(series.x.size, _MOST_POINTS)).astype(int))
+    keep = np.unique(np.linspace(0, series.x.size - 1, min(series.x.size, MOST_POINTS)).astype(int))
     axes.plot(series.x[keep], mean[keep], color=series.colour, linewidth=1.8, label=series.name)
-
-
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep each bin's lowest and highest point, so that a long curve stays small and no spike is lost."""
-    if x.size <= _MOST_POINTS:
-        return x, y
-    bins = np.array_split(np.arange(x.size), _MOST_POINTS // 2)
-    keep = sorted({int(part[pick(y[part])]) for part in bins for pick in (np.argmin, np.argmax)})
-    return x[keep], y[keep]
 
 
 def _log_axis(axes: Axes, smallest: float, largest: float) -> None:
@@ -357,6 +309,18 @@ def _whole_steps(axes: Axes) -> None:
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", handlelength=1.4)
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=4,
+        borderpad=0,
+        handlelength=1.2,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
 
 
 def _say(axes: Axes, text: str) -> None:

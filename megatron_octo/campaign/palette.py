@@ -1,4 +1,4 @@
-"""Colours of the report: one a branch everywhere, distinguishable with colour-blind eyes, each with a dark-mode twin."""
+"""Colours of the report: one a branch everywhere, safe for colour-blind eyes, each with a dark-mode twin."""
 
 from __future__ import annotations
 

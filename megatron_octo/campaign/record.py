@@ -38,7 +38,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Branch:
-    """One decay branch and what was made of it; parts that do not exist yet are None or empty."""
+    """One decay branch and what was made of it; parts that do not exist yet are None or empty.
+
+    Attributes:
+        before, after: results of the evaluations before and after RL.
+        answers: side ("before", "after") -> greedy responses with their verdicts, all that are saved.
+    """
 
     name: str
     run: Run
@@ -46,6 +51,7 @@ class Branch:
     rl: list[dict[str, Any]]
     before: dict[str, Any] | None
     after: dict[str, Any] | None
+    answers: dict[str, list[dict[str, Any]]]
     hashes: dict[str, str]
 
 
@@ -89,6 +95,12 @@ def look(values: Any, *paths: str) -> Any:
         if found is not None:
             return found
     return None
+
+
+def look_number(values: Any, *paths: str) -> float | int | None:
+    """The first finite number found under the paths, see `look`."""
+    found = (number(look(values, path)) for path in paths)
+    return next((value for value in found if value is not None), None)
 
 
 def read_record(out: Path) -> Record:
@@ -159,7 +171,7 @@ class _Reader:
         return sorted(runs - _NOT_BRANCHES)
 
     def run(self, name: str) -> Run:
-        seals = sorted(self.out.glob(f"{name}/checkpoints/*/seal.json"))
+        seals = sorted(self.out.glob(f"{name}/checkpoints/step_*/seal.json"))
         newest = f"{name}/checkpoints/{seals[-1].parent.name}" if seals else ""
         return Run(
             name=name,
@@ -169,14 +181,28 @@ class _Reader:
             facts=(self.mapping(f"{newest}/run.json") if newest else None) or {},
         )
 
+    def answers(self, name: str, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """Greedy responses of an evaluation: all of them, or those quoted in the result itself."""
+        path = self.out / "eval" / f"{name}.responses.jsonl"
+        if evaluation is None:
+            return []
+        if path.is_file():
+            rows = [_parse_object(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        else:
+            quoted = evaluation.get("samples")
+            rows = [row for row in quoted if isinstance(row, dict)] if isinstance(quoted, list) else []
+        return [row for row in rows if row.get("question") and row.get("pass", "greedy") == "greedy"]
+
     def branch(self, name: str) -> Branch:
+        before, after = self.mapping(f"eval/{name}-base.json"), self.mapping(f"eval/{name}-rl.json")
         return Branch(
             name=name,
             run=self.run(name),
             certificate=self.mapping(f"hf/{name}/certificate.json"),
             rl=self.lines(f"rl/{name}/metrics.jsonl", "step"),
-            before=self.mapping(f"eval/{name}-base.json"),
-            after=self.mapping(f"eval/{name}-rl.json"),
+            before=before,
+            after=after,
+            answers={"before": self.answers(f"{name}-base", before), "after": self.answers(f"{name}-rl", after)},
             hashes=self.hashes(f"hf/{name}/certificate.json", f"eval/{name}-base.json", f"eval/{name}-rl.json"),
         )
 

@@ -182,7 +182,7 @@ class _Plan:
             "template": self.config.template,
             "max_new_tokens": lengths,
             "samples": self.config.evaluation.samples,
-            "batch": self.config.evaluation.batch,
+            "batch_size": self.config.evaluation.batch_size,
             "seed": self.config.seed,
         }
         path = self._write(f"evaluate-{when}", values)

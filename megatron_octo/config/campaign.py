@@ -67,7 +67,7 @@ class CampaignEvaluation(Strict):
     """How each branch is measured before and after RL."""
 
     samples: int = Field(default=2, gt=0, description="samples a problem at temperature 1")
-    batch: int = Field(default=256, gt=0)
+    batch_size: int = Field(default=300, gt=0, description="responses drawn together")
 
 
 class CampaignStart(Strict):

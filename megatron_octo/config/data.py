@@ -94,7 +94,7 @@ class Corpus(InputFile):
     kind: Literal["jsonl"] = "jsonl"
     text: Literal["text", "qa", "gsm8k"] = Field(
         default="text",
-        description="how a record becomes a document: its text as is, question and answer, or these as GSM8K writes them",
+        description="how a record becomes a document: its text as is, question and answer, or GSM8K's pair",
     )
     text_field: str = "text"
     tokens: Literal["all"] | Tokens = "all"

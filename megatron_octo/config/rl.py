@@ -91,7 +91,7 @@ class RLConfig(Strict):
     max_response: int | None = Field(default=None, gt=0, description="tokens")
     length_stages: tuple[LengthStage, ...] | None = Field(default=None, min_length=1)
     max_prompt: int = Field(default=1024, gt=0, description="tokens; longer problems are left out")
-    template: str = Field(default="complex", description="a name megatron_octo.evaluate.prompts knows")
+    template: str = Field(default="octothinker-complex", description="a name megatron_octo.evaluate.prompts knows")
     require_stop: bool = Field(default=True, description="a response cut by the cap earns nothing")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)

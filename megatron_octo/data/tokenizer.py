@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_octo.errors import ConfigError
+
 PAD = "<|pad|>"
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
@@ -28,12 +30,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, out: Path) -> Pa
         ``out``, now holding ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Raises:
-        ValueError: The vocabulary cannot hold the special tokens and all bytes.
+        ConfigError: The vocabulary cannot hold the special tokens and all bytes.
     """
     smallest = _BYTES + len(SPECIAL_TOKENS)
     if vocabulary_size < smallest:
-        raise ValueError(
-            f"vocabulary_size={vocabulary_size}: must be at least {smallest} (256 bytes and the special tokens)"
+        raise ConfigError(
+            f"vocabulary_size={vocabulary_size}",
+            f"{smallest} entries are taken by the 256 bytes and the special tokens",
+            f"at least {smallest}",
         )
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

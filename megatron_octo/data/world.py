@@ -16,8 +16,10 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
+
+from megatron_octo.errors import ConfigError
 
 KINDS = ("web", "short_cot", "long_cot", "instruction")
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
@@ -29,6 +31,11 @@ _ITEMS = ("books", "coins", "pens", "shells")
 _GAINS = ("finds", "buys")
 _LOSSES = ("sells", "loses")
 _SLIPS = (-2, -1, 1, 2)
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}={value!r} of the tiny world", f"allowed: {allowed}", f"change {field}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,29 +54,24 @@ class WorldConfig:
         unboxed_rate: Share of worked answers that state the result without a box.
 
     Raises:
-        ValueError: A value is outside its range; the message names the field, the value and the rule.
+        ConfigError: A value is outside its range; the message names the field, the value and the rule.
     """
 
     highest_number: int = 20
     largest_change: int = 5
     steps: int = 2
     heldout_share: float = 0.2
-    slip_rate: float = 0.2
-    noticed_rate: float = 0.5
+    slip_rate: float = 0.3
+    noticed_rate: float = 0.4
     unboxed_rate: float = 0.4
 
     def __post_init__(self) -> None:
-        if not 3 <= self.highest_number <= 99:
-            raise ValueError(f"highest_number={self.highest_number}: must lie in 3..99")
-        if not 1 <= self.largest_change <= self.highest_number:
-            raise ValueError(f"largest_change={self.largest_change}: must lie in 1..highest_number")
-        if not 1 <= self.steps <= 3:
-            raise ValueError(f"steps={self.steps}: must lie in 1..3")
-        for field in fields(self):
-            if field.type is float and not 0 <= getattr(self, field.name) <= 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)}: must lie in 0..1")
-        if not 0 < self.heldout_share < 1:
-            raise ValueError(f"heldout_share={self.heldout_share}: must lie strictly between 0 and 1")
+        _require(3 <= self.highest_number <= 99, "highest_number", self.highest_number, "3 to 99")
+        below = self.highest_number
+        _require(1 <= self.largest_change < below, "largest_change", self.largest_change, f"1 to {below - 1}")
+        _require(1 <= self.steps <= 3, "steps", self.steps, "1 to 3")
+        for field in ("heldout_share", "slip_rate", "noticed_rate", "unboxed_rate"):
+            _require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class _Computation:
-    """A start and signed changes; ``shift`` is what a slip at step ``slipped`` added to every later total."""
+    """A start and signed changes, as somebody wrote it down: a slip at step ``slipped`` shifts every later total."""
 
     start: int
     changes: tuple[int, ...]
@@ -102,29 +104,22 @@ class _Computation:
 
     @property
     def totals(self) -> list[int]:
-        """The running totals, start included, as they are written down."""
-        true_totals = itertools.accumulate(self.changes, initial=self.start)
-        return [t + self.shift * (i > self.slipped) for i, t in enumerate(true_totals)]
+        """The written running totals, start included."""
+        right = itertools.accumulate(self.changes, initial=self.start)
+        return [total + self.shift * (step > self.slipped) for step, total in enumerate(right)]
 
     @property
     def result(self) -> int:
         return self.totals[-1]
 
-    def steps(self) -> list[str]:
-        """The equations in the order of the story."""
-        return [f"{a}{c:+d}={b}." for a, c, b in zip(self.totals, self.changes, self.totals[1:])]
+    def equations(self) -> list[str]:
+        """The steps in the order of the story."""
+        totals = self.totals
+        return [f"{a}{change:+d}={b}." for a, change, b in zip(totals, self.changes, totals[1:], strict=False)]
 
-    def backward(self) -> list[str]:
-        """The inverse equations from the written result down: they end at the start unless there was a slip."""
-        end, equations = self.result, []
-        for change in reversed(self.changes):
-            equations.append(f"{end}{-change:+d}={end - change}.")
-            end -= change
-        return equations
-
-    def within(self, highest: int) -> bool:
-        """Whether every number that the steps or the way back write lies in 0..highest."""
-        return all(0 <= n <= highest for n in (*self.totals, self.start + self.shift))
+    def inverse(self) -> "_Computation":
+        """The way back from the written result; it ends at the start unless there was a slip."""
+        return _Computation(self.result, tuple(-change for change in reversed(self.changes)))
 
 
 class World:
@@ -136,7 +131,7 @@ class World:
             models of different seeds are tested on the same side of the fence.
 
     Raises:
-        ValueError: The world is so small that one side of the fence is empty.
+        ConfigError: The world is so small that one side of the fence is empty.
     """
 
     def __init__(self, config: WorldConfig = WorldConfig(), seed: int = 0) -> None:
@@ -144,10 +139,15 @@ class World:
         self.seed = seed
         self._pools: dict[str, list[_Computation]] = {"train": [], "heldout": []}
         for computation in _all_computations(config, config.steps):
-            heldout = _fraction(computation.id) < config.heldout_share
+            heldout = _position_at_fence(computation) < config.heldout_share
             self._pools["heldout" if heldout else "train"].append(computation)
         if not all(self._pools.values()):
-            raise ValueError("the world has too few computations to hold some out: raise highest_number or steps")
+            raise ConfigError(
+                f"{config}: one side of the split is empty",
+                "some computations must be held out and some must not",
+                "raise highest_number or steps, or move heldout_share",
+            )
+        self._trained = frozenset(self._pools["train"])
         self._facts = _all_computations(config, 1)
         self._writers = {
             "web": self._web,
@@ -168,12 +168,28 @@ class World:
             An iterator over the texts, the same for equal seed, kind and stream; no end-of-text marks.
 
         Raises:
-            ValueError: The kind is unknown.
+            ConfigError: The kind is unknown.
         """
         if kind not in self._writers:
-            raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
+            raise ConfigError(f"document kind {kind!r}", "no such kind", f"one of {', '.join(KINDS)}")
         rng = random.Random(f"{self.seed}/documents/{kind}/{stream}")
         return (self._writers[kind](rng) for _ in range(count))
+
+    def available(self, split: Split) -> int:
+        """Counts the distinct problems of one side of the fence.
+
+        Args:
+            split: ``train`` or ``heldout``.
+
+        Returns:
+            The largest ``count`` that ``problems`` accepts.
+
+        Raises:
+            ConfigError: The split is unknown.
+        """
+        if split not in self._pools:
+            raise ConfigError(f"split {split!r} of the problems", "no such split", "train or heldout")
+        return len(self._pools[split])
 
     def problems(self, split: Split, count: int, stream: str = "") -> Iterator[Problem]:
         """Draws distinct problems from one side of the fence.
@@ -187,27 +203,35 @@ class World:
             An iterator over problems whose ids all differ, the same for equal seed, split and stream.
 
         Raises:
-            ValueError: The split is unknown or has fewer computations than asked for.
+            ConfigError: The split is unknown or has fewer computations than asked for.
         """
-        if split not in self._pools:
-            raise ValueError(f"split={split!r}: must be train or heldout")
-        pool = self._pools[split]
-        if count > len(pool):
-            raise ValueError(f"count={count}: this world has {len(pool)} {split} problems; raise highest_number")
+        if count > (most := self.available(split)):
+            raise ConfigError(
+                f"{count} {split} problems asked for",
+                f"this world has {most} distinct ones",
+                "ask for fewer, or raise highest_number",
+            )
         rng = random.Random(f"{self.seed}/problems/{split}/{stream}")
-        return (Problem(c.id, _question(c, rng), str(c.result)) for c in rng.sample(pool, count))
+        return (Problem(c.id, _question(c, rng), str(c.result)) for c in rng.sample(self._pools[split], count))
 
     def _draw(self, rng: random.Random) -> _Computation:
         return rng.choice(self._pools["train"])
 
-    def _hurried(self, computation: _Computation, rng: random.Random) -> _Computation:
-        """The computation as somebody in a hurry writes it: with probability ``slip_rate`` one step is wrong."""
+    def _hurried(self, right: _Computation, rng: random.Random) -> _Computation:
+        """The computation as written in a hurry: with probability ``slip_rate`` one step is wrong.
+
+        The way back from a slip is a right computation too, of a shifted start, so that one has to be on the
+        training side of the fence.
+        """
         if rng.random() >= self.config.slip_rate:
-            return computation
-        start, changes = computation.start, computation.changes
-        wrong = (_Computation(start, changes, k, s) for k in range(len(changes)) for s in _SLIPS)
-        possible = [c for c in wrong if c.within(self.config.highest_number)]
-        return rng.choice(possible) if possible else computation
+            return right
+        possible = [
+            _Computation(right.start, right.changes, slipped, shift)
+            for slipped in range(self.config.steps)
+            for shift in _SLIPS
+            if _Computation(right.start + shift, right.changes) in self._trained
+        ]
+        return rng.choice(possible) if possible else right
 
     def _stated(self, result: int, rng: random.Random) -> str:
         return str(result) if rng.random() < self.config.unboxed_rate else rf"\boxed{{{result}}}"
@@ -215,41 +239,41 @@ class World:
     def _short_cot(self, rng: random.Random) -> str:
         computation = self._draw(rng)
         written = self._hurried(computation, rng)
-        answer = [*written.steps(), f"Answer {self._stated(written.result, rng)}"]
+        answer = [*written.equations(), f"So {self._stated(written.result, rng)}."]
         return " ".join([_prompt(computation, rng), *answer])
 
     def _long_cot(self, rng: random.Random) -> str:
         computation = self._draw(rng)
         written = self._hurried(computation, rng)
-        answer = [*_in_words(written), "Wait, let me check.", *written.backward()]
+        answer = [*_in_words(written), "Wait, let me check.", *written.inverse().equations()]
         if written.shift and rng.random() < self.config.noticed_rate:
             written = computation
-            answer += ["No, that is wrong.", *written.steps(), "Now"]
+            answer += ["No, that is wrong.", *written.equations(), "Now"]
         else:
             answer += ["Yes,"]
-        answer += [f"the answer is {self._stated(written.result, rng)}"]
+        answer += [f"the answer is {self._stated(written.result, rng)}."]
         return " ".join([_prompt(computation, rng), *answer])
 
     def _instruction(self, rng: random.Random) -> str:
         if rng.random() < 0.5:
             fact = rng.choice(self._facts)
-            return f"User: What is {fact.id}?\nAssistant: {fact.steps()[0]} It is {fact.result}."
+            return f"User: What is {fact.id}?\nAssistant: {fact.equations()[0]} It is {fact.result}."
         computation = self._draw(rng)
-        steps = " ".join(computation.steps())
+        steps = " ".join(computation.equations())
         return f"User: {_question(computation, rng)}\nAssistant: {steps} There are {computation.result}."
 
     def _web(self, rng: random.Random) -> str:
-        passages = (self._worked_story, self._retold_story, self._fact_list, self._fact_in_words, self._neighbours)
-        return rng.choices(passages, weights=(50, 15, 20, 10, 5))[0](rng)
+        passages = (self._worked_question, self._story, self._fact_list, self._fact_in_words, self._neighbours)
+        return rng.choices(passages, weights=(45, 15, 20, 15, 5))[0](rng)
 
-    def _worked_story(self, rng: random.Random) -> str:
+    def _worked_question(self, rng: random.Random) -> str:
         computation = self._draw(rng)
-        steps = _in_words(computation) if rng.random() < 0.5 else computation.steps()
+        steps = _in_words(computation) if rng.random() < 0.5 else computation.equations()
         return " ".join([_question(computation, rng), "We count:", *steps])
 
-    def _retold_story(self, rng: random.Random) -> str:
+    def _story(self, rng: random.Random) -> str:
         computation = self._draw(rng)
-        return f"{_question(computation, rng)} In short: {computation.id}."
+        return " ".join([_story(computation, rng), f"In short: {computation.id}.", *computation.equations()])
 
     def _fact_list(self, rng: random.Random) -> str:
         """Unrelated facts; one never goes on where the last one ended, lest a list spell out a held-out problem."""
@@ -257,12 +281,13 @@ class World:
         for fact in rng.choices(self._facts, k=rng.randint(4, 8)):
             if not facts or facts[-1].result != fact.start:
                 facts.append(fact)
-        return " ".join(["Some facts:", *(fact.steps()[0] for fact in facts)])
+        return " ".join(["Some facts:", *(fact.equations()[0] for fact in facts)])
 
     def _fact_in_words(self, rng: random.Random) -> str:
         fact = rng.choice(self._facts)
         sign, amount = ("plus" if fact.changes[0] > 0 else "minus"), abs(fact.changes[0])
-        return f"{fact.start} {sign} {amount} is {fact.result}: {fact.steps()[0]} Back again: {fact.backward()[0]}"
+        there, back = fact.equations()[0], fact.inverse().equations()[0]
+        return f"{fact.start} {sign} {amount} is {fact.result}: {there} Back again: {back}"
 
     def _neighbours(self, rng: random.Random) -> str:
         number = rng.randint(1, self.config.highest_number - 1)
@@ -270,20 +295,31 @@ class World:
 
 
 def _all_computations(config: WorldConfig, steps: int) -> list[_Computation]:
-    changes = [c for c in range(-config.largest_change, config.largest_change + 1) if c]
-    paths = itertools.product(range(1, config.highest_number + 1), itertools.product(changes, repeat=steps))
-    return [c for c in itertools.starmap(_Computation, paths) if c.within(config.highest_number)]
+    """Every computation whose numbers all lie in the world; a story starts with at least one thing."""
+    amounts = range(1, config.largest_change + 1)
+    changes = itertools.product([*(-n for n in amounts), *amounts], repeat=steps)
+    paths = itertools.product(range(1, config.highest_number + 1), changes)
+    computations = itertools.starmap(_Computation, paths)
+    return [c for c in computations if min(c.totals) >= 0 and max(c.totals) <= config.highest_number]
 
 
-def _fraction(text: str) -> float:
-    """A uniform number in [0, 1) that depends on nothing but the text."""
+def _position_at_fence(computation: _Computation) -> float:
+    """A uniform number in [0, 1) that depends on the computation alone and is the same for its inverse.
+
+    The self-check of a long answer computes backwards, so both directions belong on one side.
+    """
+    text = min(computation.id, computation.inverse().id)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _question(computation: _Computation, rng: random.Random) -> str:
+    return f"{_story(computation, rng)} How many now?"
+
+
+def _story(computation: _Computation, rng: random.Random) -> str:
     verbs = [f"{rng.choice(_GAINS if c > 0 else _LOSSES)} {abs(c)}" for c in computation.changes]
     opening = f"{rng.choice(_NAMES)} has {computation.start} {rng.choice(_ITEMS)}"
-    return f"{', '.join([opening, *verbs])}. How many now?"
+    return f"{', '.join([opening, *verbs])}."
 
 
 def _prompt(computation: _Computation, rng: random.Random) -> str:
@@ -292,4 +328,4 @@ def _prompt(computation: _Computation, rng: random.Random) -> str:
 
 def _in_words(computation: _Computation) -> list[str]:
     openings = itertools.chain(["First,"], itertools.repeat("Then,"))
-    return [f"{opening} {step}" for opening, step in zip(openings, computation.steps())]
+    return [f"{opening} {step}" for opening, step in zip(openings, computation.equations(), strict=False)]

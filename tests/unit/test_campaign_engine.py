@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from megatron_octo.campaign.engine import Engine
 from megatron_octo.campaign.stages import Stage
 from megatron_octo.campaign.state import exclusive, read_state, settle_config
@@ -53,7 +54,13 @@ def order(tmp_path: Path, event: str) -> list[str]:
     return [entry["stage"] for entry in journal(tmp_path) if entry["event"] == event]
 
 
-TREE = [stage("data"), stage("stable", "data"), stage("long", "stable"), stage("short", "stable"), stage("end", "long", "short")]
+TREE = [
+    stage("data"),
+    stage("stable", "data"),
+    stage("long", "stable"),
+    stage("short", "stable"),
+    stage("end", "long", "short"),
+]
 
 
 @pytest.mark.timeout(30)
@@ -75,7 +82,9 @@ def test_branches_run_side_by_side_when_cores_allow(tmp_path: Path, cores: int, 
 
 @pytest.mark.timeout(30)
 def test_a_stage_that_wants_more_cores_than_there_are_runs_alone(tmp_path: Path) -> None:
-    Engine(tmp_path / "out", [stage("wide", cores=4, seconds=0.5), stage("thin", seconds=0.5)], 2, command(tmp_path)).run()
+    Engine(
+        tmp_path / "out", [stage("wide", cores=4, seconds=0.5), stage("thin", seconds=0.5)], 2, command(tmp_path)
+    ).run()
     assert [entry["event"] for entry in journal(tmp_path)] == ["start", "end", "start", "end"]
 
 

@@ -113,7 +113,13 @@ def test_differences_name_fields() -> None:
 
 
 def test_token_counts() -> None:
-    assert [parse_tokens(text) for text in ("20B", "1.5M", "40k", "1_000", 7)] == [20 * 10**9, 1_500_000, 40_000, 1000, 7]
+    assert [parse_tokens(text) for text in ("20B", "1.5M", "40k", "1_000", 7)] == [
+        20 * 10**9,
+        1_500_000,
+        40_000,
+        1000,
+        7,
+    ]
     for bad in ("1.5", "-3", "x", True, -1, 1.5):
         with pytest.raises(ValueError):
             parse_tokens(bad)

@@ -1,0 +1,96 @@
+"""Small pieces of HTML: escaped text, figures of the report with their place in report.json, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from megatron_octo.campaign.palette import variable
+from megatron_octo.campaign.record import look
+from megatron_octo.units import format_bytes, format_duration, format_tokens
+
+FORMATS = {
+    "percent": lambda value: f"{value:.1%}",
+    "points": lambda value: f"{100 * value:+.1f} points",
+    "tokens": lambda value: format_tokens(round(value)),
+    "duration": format_duration,
+    "bytes": format_bytes,
+    "count": lambda value: f"{value:,}",
+    "loss": lambda value: f"{value:.3f}",
+    "length": lambda value: f"{value:.1f}",
+    "tiny": lambda value: f"{value:.1e}" if value else "0",
+    "text": str,
+}
+"""How a value of report.json is written on the page, by kind."""
+
+
+class Facts:
+    """Writes values of report.json; each carries its path (`data-fact`) and kind (`data-as`) and can be checked."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def __call__(self, path: str, kind: str, absent: str = "not yet") -> str:
+        """One value as HTML.
+
+        Args:
+            path: slash-separated keys into report.json.
+            kind: one of `FORMATS`.
+            absent: what to write when the value is null or missing.
+        """
+        value = look(self.values, path)
+        if value is None:
+            return f'<span class="none">{escape(absent)}</span>'
+        text = escape(FORMATS[kind](value))
+        return f'<span class="nb" data-fact="{escape(path)}" data-as="{kind}">{text}</span>'
+
+    def has(self, path: str) -> bool:
+        """Whether report.json has a value there."""
+        return look(self.values, path) is not None
+
+    def interval(self, path: str) -> str:
+        """The interval of a measure, '(39.2% to 52.9%)', or nothing when it has none."""
+        if not (self.has(f"{path}/low") and self.has(f"{path}/high")):
+            return ""
+        return f" <small>({self(f'{path}/low', 'percent')} to {self(f'{path}/high', 'percent')})</small>"
+
+
+def coloured(colour: str) -> str:
+    """A style attribute that sets an element's own colour `--k`."""
+    return f'style="--k:{variable(colour)}"'
+
+
+def key(colour: str, name: str) -> str:
+    """A name with its colour before it."""
+    return f'<span class="nb"><i class="key" {coloured(colour)}></i>{escape(name)}</span>'
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table that scrolls sideways on a small screen; headings are text, cells are HTML."""
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def badge(state: bool | None, good: str, bad: str, unknown: str) -> str:
+    """A word in a box: good, bad, or not known yet."""
+    kind, text = {True: ("ok", good), False: ("bad", bad), None: ("open", unknown)}[state]
+    return f'<span class="{kind}">{escape(text)}</span>'
+
+
+def absent(text: str) -> str:
+    """A sentence in place of a part that is not there."""
+    return f'<p class="none">{escape(text)}</p>'
+
+
+def listed(items: list[str]) -> str:
+    """'a, b and c'."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def certificate_badge(show: Facts, name: str) -> str:
+    """Whether a branch's converted model is proven."""
+    return badge(
+        look(show.values, f"branches/{name}/certificate/valid"), "certificate valid", "certificate INVALID", "none yet"
+    )

@@ -1,0 +1,1 @@
+"""Durable state: a checkpoint is sealed or it does not exist."""

@@ -1,0 +1,153 @@
+"""Model and optimizer state of a distributed run <-> torch_dist files, from any layout to any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_octo.checkpoint.dist import stored_names
+from megatron_octo.checkpoint.writer import InProcessWriter
+from megatron_octo.errors import CheckpointError
+
+Chunks = list[torch.nn.Module]
+
+
+def save_state(directory: Path, chunks: Chunks, optimizer: Any) -> None:
+    """Write model and optimizer state; collective over all ranks.
+
+    Args:
+        directory: an empty directory every rank sees.
+        chunks: this rank's model chunks (one, or one per virtual pipeline stage).
+        optimizer: Megatron's optimizer over them.
+
+    Raises:
+        OSError: a file could not be written, for example because the disk is full; raised on every rank.
+    """
+    writer: Any = InProcessWriter()
+    if _data_ranks() > 1:
+        writer = FullyParallelSaveStrategyWrapper(writer, _data_group())
+    try:
+        dist_checkpointing.save(_describe(chunks, optimizer), str(directory), writer)
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool) -> None:
+    """Read model weights and, if asked for, the optimizer's state; collective over all ranks.
+
+    Args:
+        directory: a checkpoint whose seal has been verified.
+        chunks: this rank's model chunks, filled in place.
+        optimizer: Megatron's optimizer over them. Without moments its master weights are taken from the model.
+        moments: whether to read Adam's moments, step count and the fp32 master weights.
+
+    Raises:
+        CheckpointError: a tensor is absent or has another shape than the model's.
+    """
+    wanted = _describe(chunks, optimizer if moments else None, loading=True)
+    _drop_absent_objects(wanted, stored_names(directory))
+    reader: Any = get_default_load_sharded_strategy(str(directory))
+    if _data_ranks() > 1:
+        reader = FullyParallelLoadStrategyWrapper(reader, _data_group())
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory), reader)
+    except (CheckpointingException, CheckpointException, KeyError) as error:
+        raise _does_not_fit(directory, error) from error
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_chunk_key(index)], strict=False)
+    if moments:
+        optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        optimizer.reload_model_params()
+
+
+def state_bytes(chunks: Chunks) -> int:
+    """Size in bytes of a full save of model and optimizer (a close upper bound); collective over all ranks."""
+    adam = 3 * 4  # fp32 master weight and both moments, per parameter
+    own = sum(parameter.numel() * (parameter.element_size() + adam) for c in chunks for parameter in c.parameters())
+    device = next(chunks[0].parameters()).device
+    total = torch.tensor(own if _data_rank() == 0 else 0, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _describe(chunks: Chunks, optimizer: Any, *, loading: bool = False) -> dict[str, Any]:
+    """The sharded state dict: which slice of which named global tensor this rank holds."""
+    how = {
+        "distrib_optim_sharding_type": "fully_reshardable",  # optimizer tensors in the shape of their parameters
+        "non_homogeneous_layers": True,  # one key a layer, as in the model, and not one stacked tensor
+        "dp_cp_group": _data_group(),
+    }
+    state = {_chunk_key(index): chunk.sharded_state_dict(metadata=how) for index, chunk in enumerate(chunks)}
+    _drop_empty_objects(state)
+    if optimizer is not None:
+        models = dict(state)
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=how)
+    return state
+
+
+def _chunk_key(index: int) -> str:
+    return f"model{index}"
+
+
+def _drop_empty_objects(state: dict[str, Any]) -> None:
+    """Leave out extra state that says nothing: layers without FP8 keep an empty object each."""
+    for chunk in state.values():
+        for key in [key for key, value in chunk.items() if isinstance(value, ShardedObject) and _says_nothing(value)]:
+            del chunk[key]
+
+
+def _says_nothing(item: ShardedObject) -> bool:
+    return item.data is None or (isinstance(item.data, torch.Tensor) and item.data.numel() == 0)
+
+
+def _drop_absent_objects(state: dict[str, Any], stored: set[str]) -> None:
+    """Do not ask for extra state the checkpoint lacks (it came from another precision, or from a conversion)."""
+    for key, chunk in state.items():
+        if key.startswith("model"):
+            for name in [n for n, v in chunk.items() if isinstance(v, ShardedObject) and v.unique_key not in stored]:
+                del chunk[name]
+
+
+def _data_group() -> Any:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _data_ranks() -> int:
+    return torch.distributed.get_world_size(_data_group())
+
+
+def _data_rank() -> int:
+    return torch.distributed.get_rank(_data_group())
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """The first failing rank's own error, so that a full disk is seen as one."""
+    for failure, _ in error.failures.values():
+        found: BaseException | None = failure
+        while found is not None:
+            if isinstance(found, OSError):
+                return found
+            found = found.__cause__ or found.__context__
+    return error
+
+
+def _does_not_fit(directory: Path, error: BaseException) -> CheckpointError:
+    lines = str(error).strip().strip("'\"").splitlines() or [type(error).__name__]
+    detail = next((line for line in reversed(lines) if "mismatch" in line or "not in state" in line), lines[-1])
+    return CheckpointError(
+        f"{directory}: does not fit this model ({detail[:300]})",
+        "a checkpoint loads into the model it was saved from, in any layout",
+        "compare `octo convert show` with the model section of the run",
+    )

@@ -1,0 +1,171 @@
+"""Checkpoints of a run directory: written aside, sealed, renamed, and only then pointed at."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.checkpoint.seal import SEAL, seal, sync_directory, write_durably
+from megatron_octo.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+POINTER = "latest"
+FACTS = "run.json"
+
+_NAME = re.compile(r"^step_\d{8,}$")
+_TEMPORARY = ".tmp-"
+_DOOMED = ".old-"
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step's checkpoint: 123 -> 'step_00000123'."""
+    return f"step_{step:08d}"
+
+
+def sealed_checkpoints(run_dir: Path) -> list[Path]:
+    """The sealed checkpoints of a run, oldest first (hashes are not checked here)."""
+    found = (run_dir / CHECKPOINTS).glob("step_*")
+    sealed = [path for path in found if _NAME.match(path.name) and (path / SEAL).is_file()]
+    return sorted(sealed, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint a run would go on from.
+
+    Args:
+        run_dir: a run directory.
+
+    Returns:
+        The directory that `latest` names. Where that file was never written (a first save cut off after its
+        rename), the newest sealed checkpoint.
+
+    Raises:
+        CheckpointError: nothing saved yet, or `latest` is empty, garbage, or names no sealed checkpoint; the
+            message lists the sealed ones.
+    """
+    sealed = sealed_checkpoints(run_dir)
+    pointer = run_dir / POINTER
+    if not pointer.exists():
+        if sealed:
+            return sealed[-1]
+        raise CheckpointError(f"{run_dir}: no checkpoint", fix="train this run first, or check the path")
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    for path in sealed:
+        if path.name == name:
+            return path
+    said = "is empty" if not name else f"names {name[:40]!r}, which is not a sealed checkpoint here"
+    names = ", ".join(path.name for path in sealed) or "none"
+    raise CheckpointError(
+        f"{pointer}: {said}", f"sealed checkpoints: {names}", f"write one of these names into {POINTER}"
+    )
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is anything to go on from: a pointer or a sealed checkpoint."""
+    return (run_dir / POINTER).exists() or bool(sealed_checkpoints(run_dir))
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's `run.json`: step, run_tokens, tokens, config, versions, lineage.
+
+    Raises:
+        CheckpointError: the file is missing or not JSON.
+    """
+    path = checkpoint / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file", "every checkpoint says which run it belongs to") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path}: does not hold a JSON object")
+    return facts
+
+
+def checkpoint_at(run_dir: Path, position: int | None) -> Path:
+    """The sealed checkpoint a branch leaves from.
+
+    Args:
+        run_dir: the parent's run directory.
+        position: tokens since the root of the tree; None for the latest checkpoint. A checkpoint serves a
+            position if its step is the first to reach it.
+
+    Raises:
+        CheckpointError: no such run, or no checkpoint at the position; the message lists those that exist.
+    """
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: no such run directory", fix="check start.fork.parent")
+    if position is None:
+        return latest_checkpoint(run_dir)
+    available = []
+    for path in sealed_checkpoints(run_dir):
+        facts = read_facts(path)
+        per_step = facts["run_tokens"] // max(1, facts["step"])
+        if position <= facts["tokens"] < position + max(1, per_step):
+            return path
+        available.append(f"{facts['tokens']} ({path.name})")
+    raise CheckpointError(
+        f"{run_dir}: no checkpoint at {position} tokens",
+        f"checkpoints exist at {', '.join(available) or 'no position'}",
+        "set start.fork.at to one of these, or checkpoint.every and checkpoint.keep of the parent so that it is kept",
+    )
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """Create the hidden, empty directory a checkpoint is first written to."""
+    temporary = run_dir / CHECKPOINTS / f"{_TEMPORARY}{step_name(step)}"
+    _remove(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Write a checkpoint's `run.json`."""
+    (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def publish(temporary: Path, run_dir: Path, step: int) -> Path:
+    """Seal a finished checkpoint, give it its name, then let `latest` name it.
+
+    A crash before the rename leaves a hidden directory that nobody loads; one between rename and pointer
+    leaves the previous checkpoint in charge.
+
+    Returns:
+        The published directory.
+    """
+    seal(temporary)
+    final = temporary.with_name(step_name(step))
+    retire(final)
+    temporary.rename(final)
+    sync_directory(final.parent)
+    point_at(run_dir, final.name)
+    return final
+
+
+def point_at(run_dir: Path, name: str) -> None:
+    """Let `latest` name a checkpoint, atomically and durably."""
+    write_durably(run_dir / POINTER, name + "\n")
+
+
+def retire(checkpoint: Path) -> None:
+    """Remove a checkpoint. It is hidden first, so that no half-removed directory ever carries its name."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f"{_DOOMED}{checkpoint.name}")
+        _remove(doomed)
+        checkpoint.rename(doomed)
+        _remove(doomed)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what killed saves and removals left behind. Only the process that holds the run may call this."""
+    for pattern in (f"{_TEMPORARY}*", f"{_DOOMED}*"):
+        for path in (run_dir / CHECKPOINTS).glob(pattern):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Corpora -> tokenised, indexed, mixed: what training reads."""

@@ -1,0 +1,117 @@
+"""A mixture as arithmetic: weights -> which source the next window comes from, and how often a source repeats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_octo.config.run import DataConfig
+from megatron_octo.data.encode import vocabulary_of
+from megatron_octo.data.indexed import read_index
+from megatron_octo.errors import DataError, EnvironmentProblem
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where each window of the global order comes from.
+
+    Args:
+        source: position of its source among the sorted source names, int16 [windows].
+        number: how many windows of that source came before, int64 [windows].
+    """
+
+    source: np.ndarray
+    number: np.ndarray
+
+
+def shares(data: DataConfig) -> dict[str, float]:
+    """Weights of a mixture made to sum to one, in the order of the sources' names.
+
+    Sorting makes the global order a function of the mixture alone, not of the order its keys were written in.
+    """
+    total = math.fsum(source.weight for source in data.mixture.values())
+    return {name: data.mixture[name].weight / total for name in sorted(data.mixture)}
+
+
+def order(weights: list[float], windows: int) -> Order:
+    """Deal windows to sources so that after every window each source is as close to its share as can be.
+
+    This is Megatron's blend. It does not look ahead, so a longer order starts with the shorter one.
+
+    Args:
+        weights: shares that sum to one.
+        windows: length of the order.
+
+    Returns:
+        The order, [windows].
+
+    Raises:
+        EnvironmentProblem: megatron-core's compiled helper is missing.
+    """
+    source, number = np.zeros(windows, np.int16), np.zeros(windows, np.int64)
+    if windows:
+        compiled_helper().build_blending_indices(source, number, np.array(weights), len(weights), windows, False)
+    return Order(source, number)
+
+
+def windows_per_epoch(tokens: int, sequence_length: int) -> int:
+    """Whole windows one pass over a source gives: each needs its length and one token more for the last label."""
+    return max(0, (tokens - 1) // sequence_length)
+
+
+def check_vocabulary(data: DataConfig, vocabulary: int) -> None:
+    """Check that every token of every source, and of the tokenizer, is a row of the model's embedding.
+
+    Args:
+        data: what is read.
+        vocabulary: rows of the model's embedding without padding.
+
+    Raises:
+        DataError: the tokenizer has more entries than the model, or a source holds a larger token.
+    """
+    size = vocabulary_of(data.tokenizer)
+    if size > vocabulary:
+        raise DataError(
+            f"data.tokenizer {data.tokenizer} has {size} entries, model.vocabulary is {vocabulary}",
+            "every token needs a row of the embedding",
+            f"set model.vocabulary to {size} or name the model's own tokenizer",
+        )
+    for name, source in data.mixture.items():
+        largest = largest_token(source.path)
+        if largest >= vocabulary:
+            raise DataError(
+                f"data.mixture.{name} ({source.path}) holds token {largest}, model.vocabulary is {vocabulary}",
+                "every token needs a row of the embedding",
+                "build the data with this model's tokenizer; if it was, the file is damaged: build it again",
+            )
+
+
+def largest_token(prefix: Any) -> int:
+    """Largest token of an indexed dataset, read from the tokens themselves; -1 if there are none."""
+    tokens = read_index(prefix).all_tokens()
+    return int(tokens.max()) if len(tokens) else -1
+
+
+def compiled_helper() -> Any:
+    """Import megatron-core's compiled index functions, which its wheels bring along.
+
+    Never compiles: megatron's own attempt ends the process where it finds no Makefile.
+
+    Raises:
+        EnvironmentProblem: the installed megatron-core has none for this Python.
+    """
+    from megatron_octo.data.indexed import import_indexed_dataset
+
+    import_indexed_dataset()
+    try:
+        from megatron.core.datasets import helpers
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"megatron-core's compiled dataset helper cannot be imported ({error})",
+            "its wheels bring it along for CPython 3.11 and 3.12 on x86_64 Linux; this installation has none",
+            "install the wheel: pip install --only-binary=:all: megatron-core==0.16.1",
+        ) from None
+    return helpers

@@ -1,0 +1,1 @@
+"""Benchmarks, prompts, generation, extraction, the one grader, scores. Knows nothing of training."""

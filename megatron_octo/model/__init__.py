@@ -1,0 +1,1 @@
+"""What is trained: families translated to megatron-core, built, initialised and counted."""

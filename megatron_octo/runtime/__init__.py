@@ -1,0 +1,1 @@
+"""Where a run happens: device, process groups, launching, and what megatron-core needs without CUDA."""

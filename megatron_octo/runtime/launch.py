@@ -1,0 +1,248 @@
+"""Start the local ranks of a run, watch them, and say clearly which one failed and why."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from megatron_octo.errors import EnvironmentProblem, StageFailed
+
+ERROR_PREFIX = "octo: error:"
+"""Start of the one line a rank prints for a mistake of the user."""
+
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 30.0
+_SETTLE_SECONDS = 3.0
+_LAST_LINES = 15
+_PR_SET_PDEATHSIG = 1
+_COLLATERAL = re.compile(r"Connection (closed by peer|reset by peer)|Broken pipe|Connection refused")
+
+
+@dataclass
+class _Rank:
+    """One started process, its log, and where in the log this start begins."""
+
+    number: int
+    process: subprocess.Popen
+    log: Path
+    start: int
+
+    def text(self) -> str:
+        with self.log.open("rb") as file:
+            file.seek(self.start)
+            return file.read().decode(errors="replace")
+
+    def error_line(self) -> str | None:
+        lines = [line for line in self.text().splitlines() if line.startswith(ERROR_PREFIX)]
+        return lines[-1].removeprefix(ERROR_PREFIX).strip() if lines else None
+
+    def innocence(self) -> tuple[bool, bool, int]:
+        """Sorts failed ranks: one that states its error or was killed comes before one that lost a connection."""
+        stated = self.error_line() is not None
+        lost = not stated and self.process.returncode > 0 and _COLLATERAL.search(self.text()) is not None
+        return lost, not stated, self.number
+
+    def signal_all(self, number: int) -> None:
+        """Signal the rank and whatever it started; it leads a process group of its own."""
+        try:
+            os.killpg(self.process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+
+
+def launch(
+    module: str,
+    arguments: list[str],
+    nproc: int,
+    log_dir: Path,
+    threads: int | None = None,
+    *,
+    port: int | None = None,
+    environment: dict[str, str] | None = None,
+    watch: Callable[[], None] | None = None,
+) -> None:
+    """Run `python -m MODULE ARGUMENTS` in `nproc` processes that form one world; return when all have ended well.
+
+    Each rank writes log-rankN.txt in `log_dir` (appended). SIGTERM and SIGINT are handed to the ranks,
+    which have 30 seconds to end. When one rank fails the others are ended. If this process is killed
+    the ranks die with it (Linux), so a restart never meets a trainer that still writes.
+
+    Args:
+        module: module to run.
+        arguments: its arguments.
+        nproc: number of ranks.
+        log_dir: where logs go; made if missing.
+        threads: CPU threads of each rank; cores / ranks if not given.
+        port: where rank 0 listens; a free one if not given.
+        environment: variables added to this process's own.
+        watch: called about twenty times a second while the ranks run.
+
+    Raises:
+        EnvironmentProblem: the given port is in use.
+        StageFailed: a rank failed, or this process was told to stop. Its `exit_code` is the rank's.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port(port)), "WORLD_SIZE": str(nproc)}
+    shared = {**os.environ, **_thread_settings(threads, nproc), **_loopback(), **address, **(environment or {})}
+    log_dir.mkdir(parents=True, exist_ok=True)
+    ranks: list[_Rank] = []
+    with _stop_signals() as stopped:
+        try:
+            for number in range(nproc):
+                ranks.append(_start(number, [sys.executable, "-m", module, *arguments], log_dir, shared))
+            _wait(ranks, stopped, watch or (lambda: None))
+        finally:
+            _end(ranks, 0.0)
+
+
+def _start(number: int, command: list[str], log_dir: Path, shared: dict[str, str]) -> _Rank:
+    log = log_dir / f"log-rank{number}.txt"
+    own = {**shared, "RANK": str(number), "LOCAL_RANK": str(number), "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as file:
+        start = file.tell()
+        process = _spawn(command, file, own)
+    return _Rank(number, process, log, start)
+
+
+def _spawn(command: list[str], log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=die_with_parent(),
+    )
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """For `preexec_fn`: what a child does before it runs, so that the kernel kills it when its parent is gone.
+
+    The parent is the thread that starts the child: it must live as long as the child shall. None where the
+    system has no such request.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died between the fork and the request
+            os._exit(1)
+
+    return ask
+
+
+def _wait(ranks: list[_Rank], stopped: list[int], watch: Callable[[], None]) -> None:
+    while _running(ranks) and not _failed(ranks) and not stopped:
+        watch()
+        time.sleep(_POLL_SECONDS)
+    if stopped:
+        _stop(ranks, stopped[0])
+    if _failed(ranks):
+        raise _explain(_culprit(ranks))
+
+
+def _running(ranks: list[_Rank]) -> list[_Rank]:
+    return [rank for rank in ranks if rank.process.poll() is None]
+
+
+def _failed(ranks: list[_Rank]) -> list[_Rank]:
+    return [rank for rank in ranks if rank.process.poll() not in (None, 0)]
+
+
+def _stop(ranks: list[_Rank], number: int) -> NoReturn:
+    for rank in ranks:
+        rank.signal_all(signal.SIGTERM)
+    _end(ranks, _GRACE_SECONDS)
+    error = StageFailed(f"stopped by {signal.Signals(number).name}", fix="start the same command again to go on")
+    error.exit_code = 128 + number
+    raise error
+
+
+def _culprit(ranks: list[_Rank]) -> _Rank:
+    """The failed rank to name: not one that only lost its connection to another, if that one can be seen to fail."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while (guilty := min(_failed(ranks), key=_Rank.innocence)).innocence()[0] and time.monotonic() < deadline:
+        if not _running(ranks):
+            break
+        time.sleep(_POLL_SECONDS)
+    return guilty
+
+
+def _explain(rank: _Rank) -> StageFailed:
+    code = rank.process.returncode
+    line = rank.error_line()
+    if line is not None:
+        error = StageFailed(line)
+    else:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        last = [text for text in rank.text().splitlines() if text.strip()][-_LAST_LINES:]
+        error = StageFailed(f"rank {rank.number} {how}", "\n".join(["its last lines:", *last]), f"see {rank.log}")
+    error.exit_code = 128 - code if code < 0 else code
+    return error
+
+
+def _end(ranks: list[_Rank], grace: float) -> None:
+    """Give ranks `grace` seconds to end, then kill them and whatever they started."""
+    deadline = time.monotonic() + grace
+    for rank in ranks:
+        try:
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.signal_all(signal.SIGKILL)
+    for rank in ranks:
+        rank.process.wait()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying of them; only the main thread can."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda caught, _frame: received.append(caught)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port(wanted: int | None) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except (OSError, OverflowError) as error:
+            raise EnvironmentProblem(
+                f"port {wanted} cannot be used ({error})", "rank 0 listens on it", "choose another, or leave it out"
+            ) from None
+        return probe.getsockname()[1]
+
+
+def _thread_settings(threads: int | None, nproc: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = str(threads or max(1, cores // nproc))
+    # Passive waiting: ranks that share cores must not spin while they wait for each other.
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _loopback() -> dict[str, str]:
+    """Let gloo use the loopback interface: all ranks are here, and the host's own name may not resolve."""
+    names = [name for _, name in socket.if_nameindex()]
+    return {} if "lo" not in names or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": "lo"}

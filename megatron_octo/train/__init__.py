@@ -1,0 +1,1 @@
+"""Training: the loop, the step, the state, and hooks for everything optional."""

@@ -1,0 +1,82 @@
+"""Training as one call: load and check the run file, start its processes, wait for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_octo.config.check import check_run
+from megatron_octo.config.load import load_config
+from megatron_octo.config.run import RunConfig
+from megatron_octo.progress import PROGRESS_VARIABLE, Progress
+from megatron_octo.train.start import plan_start
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file and check every rule.
+
+    Raises:
+        ConfigError: the first field or rule that is wrong.
+    """
+    run = load_config(RunConfig, path, overrides)
+    check_run(run)
+    return run
+
+
+def train_run(path: Path, overrides: list[str] | None = None, until: int | None = None) -> None:
+    """Train a run, or go on with it, on this machine; needs no torch in this process.
+
+    Args:
+        path: run file.
+        overrides: `dotted.key=value` strings.
+        until: stop, with a checkpoint, at this token position of the run.
+
+    Raises:
+        ConfigError: the run is wrong, or differs from what trained in its directory before.
+        CheckpointError: what it starts from is not there.
+        StageFailed: a rank failed; its exit code is kept.
+    """
+    run = load_run(path, overrides)
+    plan_start(run)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from megatron_octo.train.loop import train
+
+        train(run, until)
+        return
+    from megatron_octo.runtime.launch import launch
+
+    arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
+    with _mirrored_progress(run) as (environment, watch):
+        launch(
+            "megatron_octo.train",
+            arguments,
+            run.parallel.processes,
+            run.out,
+            run.threads,
+            environment=environment,
+            watch=watch,
+        )
+
+
+@contextmanager
+def _mirrored_progress(run: RunConfig) -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
+    """Show on this terminal what the ranks, whose output goes to logs, write to a progress file."""
+    if PROGRESS_VARIABLE in os.environ or not sys.stderr.isatty():
+        yield {}, lambda: None
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    file = run.out / ".progress.json"
+    file.unlink(missing_ok=True)
+    with Progress(run.name, run.schedule.tokens) as bar:
+
+        def watch() -> None:
+            if file.exists():
+                seen = json.loads(file.read_text(encoding="utf-8"))
+                bar.advance(seen["done"] - bar.done, **seen["facts"])
+
+        yield {PROGRESS_VARIABLE: str(file)}, watch
+    file.unlink(missing_ok=True)

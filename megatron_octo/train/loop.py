@@ -1,0 +1,59 @@
+"""The training loop: set up, step until the end, and let hooks do the rest."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+
+import torch
+
+from megatron_octo.config.run import RunConfig
+from megatron_octo.runtime import groups, quick_import
+
+quick_import.import_megatron()  # before the modules below import it
+
+# ruff: noqa: E402
+from megatron_octo.train.hooks import default_hooks
+from megatron_octo.train.setup import set_up
+from megatron_octo.train.start import hold
+from megatron_octo.train.state import TrainState
+from megatron_octo.train.step import train_step
+
+
+def train(run: RunConfig, until: int | None = None) -> TrainState:
+    """Train a run, or go on with it; every rank calls this.
+
+    Args:
+        run: the checked configuration.
+        until: stop, with a checkpoint, at the first step that reaches this many tokens of the run.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        OctoError: a mistake or condition the user can act on; the last checkpoint stays.
+    """
+    with hold(run.out) if _is_first() else nullcontext():
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        runtime = groups.initialize(run.parallel, run.seed, run.timeout_minutes)
+        engine, state = set_up(run, runtime)
+        last = last_step(run, until)
+        with default_hooks(engine, state, last) as hooks:
+            while state.step < last:
+                facts = train_step(engine, state)
+                hooks.after_step(state, facts)
+                if facts.stop:
+                    break
+            hooks.finish(state)
+        groups.shutdown()
+    return state
+
+
+def last_step(run: RunConfig, until: int | None) -> int:
+    """The step a leg of the run ends with: all of it, or the first that reaches `until` tokens."""
+    return run.steps if until is None else min(run.steps, -(-until // run.tokens_per_step))
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,100 @@
+"""From a configuration to a run that can take its first step: model, optimizer, data, loaded state."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_octo.checkpoint.save import load_checkpoint, on_rank_zero
+from megatron_octo.config.run import RunConfig
+from megatron_octo.data.reader import build_train_dataset
+from megatron_octo.model.build import build_chunks
+from megatron_octo.model.translate import ddp_config, optimizer_config
+from megatron_octo.runtime.groups import Runtime
+from megatron_octo.train.data import Batches
+from megatron_octo.train.start import open_run
+from megatron_octo.train.state import TrainState
+
+CACHE = "data-cache"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What does not change while a run trains.
+
+    Args:
+        runtime: rank, device and process groups.
+        batches: the data of each step.
+        forward_backward: Megatron's schedule for this layout.
+    """
+
+    runtime: Runtime
+    batches: Batches
+    forward_backward: Callable[..., list[torch.Tensor]]
+
+
+def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
+    """Build everything a run needs and load what it starts from; collective over all ranks.
+
+    Raises:
+        ConfigError: the run differs from the one that trained here before.
+        CheckpointError: what it starts from is missing, unsealed, damaged or of another shape.
+        DataError: a dataset of the mixture is missing or damaged.
+    """
+    start = on_rank_zero(lambda: open_run(run))
+    batches = Batches(run, runtime, open_dataset(run, runtime))
+    chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, None if start.checkpoint else run.seed))
+    optimizer = build_optimizer(run, chunks)
+    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step)
+    if start.checkpoint is not None:
+        load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
+    gc.collect()
+    gc.freeze()  # what exists now stays; the collector need not walk it during steps
+    return Engine(runtime, batches, get_forward_backward_func()), state
+
+
+def wrap(run: RunConfig, models: list[Any]) -> list[torch.nn.Module]:
+    """Wrap model chunks for mixed precision and gradient reduction."""
+    # A bad gradient is found after the step, on every rank at once and with a message (train.step).
+    reduction = dataclasses.replace(ddp_config(run.parallel), check_for_nan_in_grad=False)
+    chunks = []
+    for index, model in enumerate(models):
+        config = model.config
+        inner = Float16Module(config, model) if run.dtype == "bf16" else model
+        chunks.append(DistributedDataParallel(config, reduction, inner.to(_device()), disable_bucketing=index > 0))
+    return chunks
+
+
+def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> Any:
+    """Build Megatron's AdamW over model chunks and let their schedule use it."""
+    config = optimizer_config(run.optimizer, run.schedule.learning_rate, run.dtype, run.parallel)
+    optimizer = get_megatron_optimizer(config, chunks)
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def open_dataset(run: RunConfig, runtime: Runtime) -> Any:
+    """Open the mixture; rank 0 first, so that index arrays are computed once."""
+    build = partial(build_train_dataset, run.data, run.steps * run.batch.global_batch, run.out / CACHE)
+    if runtime.world_size == 1:
+        return build()
+    on_rank_zero(lambda: build() and None)
+    dist.barrier()
+    return build()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

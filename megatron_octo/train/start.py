@@ -1,0 +1,187 @@
+"""Where a run starts: from nothing, from given weights, as a branch, or where it stopped. Needs no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from megatron_octo.checkpoint.seal import seal_digest, write_durably
+from megatron_octo.checkpoint.store import (
+    checkpoint_at,
+    has_checkpoint,
+    latest_checkpoint,
+    read_facts,
+    remove_leftovers,
+)
+from megatron_octo.config.load import differences, dump_config
+from megatron_octo.config.run import RunConfig
+from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+_LOCK = ".lock"
+_LOCK_PATIENCE = 3.0  # seconds: a killed predecessor needs a moment to die
+_MAY_CHANGE = ("parallel.", "checkpoint.", "threads", "timeout_minutes", "out")
+_MUST_STAY = "parallel.distributed_optimizer"
+
+
+class Start(NamedTuple):
+    """How a run begins.
+
+    Args:
+        checkpoint: what to load; None for random initial weights.
+        moments: whether the optimizer's state is loaded too.
+        step: steps this run has already taken.
+        root_tokens: tokens of the lineage before this run.
+        lineage: the record of a branch.
+    """
+
+    checkpoint: Path | None
+    moments: bool
+    step: int
+    root_tokens: int
+    lineage: dict[str, Any] | None
+
+
+def plan_start(run: RunConfig) -> Start:
+    """Decide where a run starts, changing nothing.
+
+    Raises:
+        ConfigError: the run exists and differs in a field that may not change, or a branch does not continue
+            its parent.
+        CheckpointError: a pointer, parent or checkpoint is not there.
+    """
+    if has_checkpoint(run.out):
+        return _resume(run)
+    if run.start.fork is not None:
+        return _fork(run)
+    if run.start.checkpoint is not None:
+        return Start(_given(run.start.checkpoint), moments=False, step=0, root_tokens=0, lineage=None)
+    return Start(None, moments=False, step=0, root_tokens=0, lineage=None)
+
+
+def open_run(run: RunConfig) -> Start:
+    """Make a run directory ready to train in; only rank 0, holding the lock, may call this.
+
+    Removes what a killed save left, writes `config.yaml` and a branch's `lineage.json`, and cuts lines of
+    `metrics.jsonl` that lie beyond the checkpoint.
+
+    Raises:
+        ConfigError: see `plan_start`.
+        CheckpointError: see `plan_start`.
+    """
+    start = plan_start(run)
+    remove_leftovers(run.out)
+    temporary = run.out / f".{CONFIG}.tmp"
+    dump_config(run, temporary)
+    temporary.replace(run.out / CONFIG)
+    if start.lineage is not None:
+        write_durably(run.out / LINEAGE, json.dumps(start.lineage, indent=1) + "\n")
+    cut_metrics(run.out / METRICS, start.step)
+    return start
+
+
+def hold(run_dir: Path) -> IO[str]:
+    """Claim a run directory for this process; the kernel lets go when the process ends, however it ends.
+
+    Returns:
+        The open lock file: keep it as long as the run is written to.
+
+    Raises:
+        EnvironmentProblem: another process holds it, or the directory cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / _LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentProblem(f"{run_dir}: cannot be written ({error.strerror})", fix="check `out`") from None
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise _taken(run_dir, lock) from None
+            time.sleep(0.1)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keep the metric lines of steps 1 to `step`; later ones, and a line cut off by a kill, are dropped."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and 0 < _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_durably(path, "".join(kept))
+
+
+def _resume(run: RunConfig) -> Start:
+    checkpoint = latest_checkpoint(run.out)
+    facts = read_facts(checkpoint)
+    _check_same_run(run, facts["config"], checkpoint)
+    return Start(checkpoint, True, facts["step"], facts["tokens"] - facts["run_tokens"], facts.get("lineage"))
+
+
+def _check_same_run(run: RunConfig, before: dict[str, Any], checkpoint: Path) -> None:
+    now = run.model_dump(mode="json")
+    changed = [line for line in differences(before, now) if not _allowed(line, before, now)]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint.parent.parent}: this run has trained with other settings: {'; '.join(changed)}",
+            "a run goes on with its own data order, model and schedule; only parallel, checkpoint, threads, "
+            "timeout_minutes and a longer constant schedule may change",
+            "restore these fields, or choose another `out` for a new run",
+        )
+
+
+def _allowed(line: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    field = line.split(":", 1)[0]
+    if field == "schedule.tokens":
+        longer = now["schedule"]["tokens"] > before["schedule"]["tokens"]
+        return longer and now["schedule"]["kind"] == "constant"
+    return field.startswith(_MAY_CHANGE) and field != _MUST_STAY
+
+
+def _fork(run: RunConfig) -> Start:
+    fork = run.start.fork
+    assert fork is not None
+    checkpoint = checkpoint_at(fork.parent, fork.at)
+    facts = read_facts(checkpoint)
+    record = lineage_record(run, Origin(str(fork.parent), checkpoint.name, facts))
+    record["seal"] = seal_digest(checkpoint)
+    return Start(checkpoint, fork.moments, 0, facts["tokens"], record)
+
+
+def _given(checkpoint: Path) -> Path:
+    """A checkpoint directory, or the latest one of a run directory."""
+    if (checkpoint / "run.json").is_file():
+        return checkpoint
+    if has_checkpoint(checkpoint):
+        return latest_checkpoint(checkpoint)
+    raise CheckpointError(f"{checkpoint}: no checkpoint here", "start.checkpoint names a sealed one", "check the path")
+
+
+def _taken(run_dir: Path, lock: IO[str]) -> EnvironmentProblem:
+    lock.seek(0)
+    return EnvironmentProblem(
+        f"{run_dir}: another process trains here (process {lock.read().strip() or 'unknown'})",
+        "two processes on one run directory would destroy each other's checkpoints",
+        "wait for it, stop it, or choose another `out`",
+    )
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

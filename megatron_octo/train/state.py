@@ -1,0 +1,86 @@
+"""Everything a resume needs, in one object.
+
+The position is the whole state of the data order (windows are a function of the step) and of the learning
+rate (a function of the tokens). Random numbers are drawn only for initial weights, each from the run's seed
+and the parameter's name: dropout is zero, so no generator has to be carried across a restart.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_octo import __version__
+from megatron_octo.config.run import RunConfig
+
+
+@dataclass
+class TrainState:
+    """What changes while a run trains.
+
+    Args:
+        run: the resolved configuration.
+        chunks: this rank's model chunks, wrapped for gradient reduction.
+        optimizer: Megatron's optimizer over them; holds fp32 weights and Adam's moments.
+        root_tokens: tokens of the lineage before this run began (0 unless it is a branch).
+        lineage: the lineage record of a branch, else None.
+        step: optimizer steps taken by this run.
+        stop_wanted: this process was asked to stop at the next step boundary.
+    """
+
+    run: RunConfig
+    chunks: list[torch.nn.Module]
+    optimizer: Any
+    root_tokens: int = 0
+    lineage: dict[str, Any] | None = None
+    step: int = 0
+    stop_wanted: bool = False
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens this run has consumed."""
+        return self.step * self.run.tokens_per_step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the weights have seen, along the whole lineage."""
+        return self.root_tokens + self.run_tokens
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The model chunks without their wrappers."""
+        return [_unwrap(chunk) for chunk in self.chunks]
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's `run.json` says about this moment."""
+        return {
+            "step": self.step,
+            "run_tokens": self.run_tokens,
+            "tokens": self.tokens,
+            "moments": True,
+            "layout": self.run.parallel.label,
+            "versions": versions(),
+            "lineage": self.lineage,
+            "config": self.run.model_dump(mode="json"),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a checkpoint."""
+    import megatron.core
+
+    return {
+        "megatron_octo": __version__,
+        "megatron-core": megatron.core.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

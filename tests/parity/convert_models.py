@@ -1,0 +1,54 @@
+"""Random tiny Llamas as Hugging Face directories, with a real tokenizer, for the conversion tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_octo.data.tokenizer import train_tokenizer
+
+VOCABULARY = 312  # Megatron pads it to 384
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def write_tokenizer(out: Path) -> Path:
+    """A byte-level tokenizer of 280 entries or fewer."""
+    return train_tokenizer(["Question: 12 apples and 7 pears.\nAnswer: 19 fruits in all.\n"] * 3, 280, out)
+
+
+def write_llama(out: Path, tokenizer: Path, *, dtype: torch.dtype = torch.float32, seed: int = 3, **changes) -> Path:
+    """A Llama with random weights everywhere, norms included, so that nothing is hidden by ones and zeros."""
+    values = {
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 176,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": LLAMA3,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**values, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0, 0.08)
+    model.to(dtype).save_pretrained(out)
+    for file in tokenizer.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    return out

@@ -1,0 +1,324 @@
+"""The whole build: deterministic, resumable after any kill, and honest in its manifest."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.load import dump_config, load_config, parse_config
+from megatron_octo.data.build import build_data, verify_data
+from megatron_octo.data.encode import Encoder
+from megatron_octo.data.files import only_writer
+from megatron_octo.data.indexed import IndexedWriter, import_indexed_dataset, read_index
+from megatron_octo.data.render import same_question
+from megatron_octo.errors import ConfigError, DataError, StageFailed
+from megatron_octo.progress import PROGRESS_VARIABLE
+
+BUDGETS = {"web": 3000, "short_cot": 2000, "long_cot": 2000, "instruction": 1000}
+
+
+def _config(tmp_path: Path, **changes: object) -> DataBuildConfig:
+    """A small build that has everything: the world, a corpus with GSM8K's notation, problems of both sides."""
+    corpus = tmp_path / "real.jsonl"
+    if not corpus.exists():
+        rows = [
+            {"question": f"{n} plus 1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(60)
+        ]
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "seed": 5,
+        "tokenizer": {"train": {"vocabulary_size": 320, "documents": 50}},
+        "world": {"tokens": BUDGETS},
+        "corpora": {"real": {"path": str(corpus), "text": "gsm8k"}},
+        "problems": {"train": {"count": 20}, "heldout": {"count": 30}},
+    }
+    return parse_config(DataBuildConfig, {**values, **changes}, "test")
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("built")
+    build_data(_config(path), path / "data")
+    return path
+
+
+def _documents(out: Path, name: str) -> list[str]:
+    encoder, index = Encoder(out / "tokenizer"), read_index(out / name)
+    return [encoder.decode(index.document(number).tolist()) for number in range(index.documents)]
+
+
+def test_manifest_says_what_is_there(built: Path) -> None:
+    out = built / "data"
+    manifest = verify_data(out)
+    assert list(manifest["sources"]) == [*BUDGETS, "real"]
+    for name, facts in manifest["sources"].items():
+        index = read_index(out / name)
+        assert (facts["documents"], facts["tokens"]) == (index.documents, index.tokens)
+        assert facts["largest_token"] == index.all_tokens().max() < manifest["tokenizer"]["vocabulary"] == 320
+        last = int(index.lengths[-1])
+        if name in BUDGETS:  # the document that reaches the budget is the last one
+            assert index.tokens - last < BUDGETS[name] <= index.tokens
+    assert manifest["sources"]["real"]["documents"] == 60
+    assert manifest["problems"]["train"]["count"] == 20 and manifest["problems"]["heldout"]["count"] == 30
+    assert manifest["inputs"]["corpora.real"]["bytes"] == (built / "real.jsonl").stat().st_size
+    names = set(_files(out))
+    assert not [name for name in names if "partial" in name]
+    assert {"manifest.json", "problems/train.jsonl", "tokenizer/tokenizer.json", "web.bin", "web.idx"} <= names
+
+
+def test_documents_end_once_with_end_of_text(built: Path) -> None:
+    end = Encoder(built / "data" / "tokenizer").end
+    for name in BUDGETS:
+        index = read_index(built / "data" / name)
+        for number in range(index.documents):
+            tokens = index.document(number).tolist()
+            assert tokens[-1] == end and end not in tokens[:-1]
+    first = _documents(built / "data", "real")[3]
+    assert first == "Question: 3 plus 1?\nAnswer: 3+1=4\n\\boxed{4}<|end_of_text|>"
+
+
+def test_heldout_problems_are_not_in_training_text(built: Path) -> None:
+    out = built / "data"
+    heldout = [json.loads(line) for line in (out / "problems" / "heldout.jsonl").read_text().splitlines()]
+    train = [json.loads(line) for line in (out / "problems" / "train.jsonl").read_text().splitlines()]
+    assert not {problem["id"] for problem in heldout} & {problem["id"] for problem in train}
+    numbers = {
+        tuple(word for word in same_question(problem["question"]).split() if word.isdigit()) for problem in heldout
+    }
+    text = "\n".join(document for name in BUDGETS for document in _documents(out, name))
+    assert "Question:" in text
+    for problem in heldout:
+        assert problem["question"] not in text
+        assert f"{problem['id']}=" not in text and f"{problem['id']}." not in text
+    assert len(numbers) > 5
+
+
+def test_two_builds_are_equal_to_the_byte(built: Path, tmp_path: Path) -> None:
+    shutil.copy(built / "real.jsonl", tmp_path)
+    again = tmp_path / "again"
+    build_data(_config(built), again)
+    assert _files(again) == _files(built / "data")
+
+
+def test_bytes_are_those_of_megatrons_tool(built: Path, tmp_path: Path) -> None:
+    """The steps of Megatron-LM's preprocessing, with transformers' tokenizer: encode, append the end mark, add."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from megatron_octo.data.sources import texts
+
+    megatron, tokenizer = import_indexed_dataset(), AutoTokenizer.from_pretrained(built / "data" / "tokenizer")
+    builder = megatron.IndexedDatasetBuilder(
+        str(tmp_path / "real.bin"), dtype=megatron.DType.optimal_dtype(len(tokenizer))
+    )
+    for text in texts(_config(built), "real", frozenset()).documents:
+        tokens = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        builder.add_document(torch.tensor(tokens), [len(tokens)])
+    builder.finalize(str(tmp_path / "real.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"real.{suffix}").read_bytes() == (built / "data" / f"real.{suffix}").read_bytes()
+
+
+def test_finished_build_is_kept_and_damage_repaired(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "data"
+    shutil.copytree(built / "data", out)
+    written: list[str] = []
+    publish = IndexedWriter.publish
+    monkeypatch.setattr(IndexedWriter, "publish", lambda self: (written.append(self.prefix.name), publish(self))[1])
+    build_data(_config(built), out)
+    assert written == []
+    content = bytearray((out / "web.bin").read_bytes())
+    content[400] ^= 1
+    (out / "web.bin").write_bytes(content)
+    with pytest.raises(DataError, match="web.bin was altered"):
+        verify_data(out)
+    (out / "tokenizer" / "tokenizer.json").unlink()
+    build_data(_config(built), out)
+    assert written == ["web"]
+    assert _files(out) == _files(built / "data")
+
+
+def test_another_configuration_is_refused(built: Path) -> None:
+    before = _files(built / "data")
+    changed = _config(built, seed=6, world={"tokens": {**BUDGETS, "web": 9000}})
+    with pytest.raises(ConfigError) as caught:
+        build_data(changed, built / "data")
+    assert "settings.seed: 5 -> 6" in str(caught.value)
+    assert "settings.world.tokens.web: 3000 -> 9000" in str(caught.value)
+    assert _files(built / "data") == before
+
+
+def test_changed_input_is_refused(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "data", tmp_path / "data")
+    original = (built / "real.jsonl").read_text()
+    try:
+        (built / "real.jsonl").write_text(original.replace("7 plus 1?", "7 plus  1?"))
+        with pytest.raises(ConfigError, match=r"inputs.corpora.real.sha256"):
+            build_data(_config(built), tmp_path / "data")
+    finally:
+        (built / "real.jsonl").write_text(original)
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(DataError, match="written by another process"):
+        build_data(_config(tmp_path), tmp_path)
+
+
+def test_bad_line_ends_the_build_without_output(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    with (tmp_path / "real.jsonl").open("ab") as file:
+        file.write(b'{"question": "\xff"}\n')
+    with pytest.raises(DataError, match="real.jsonl, line 61: not UTF-8"):
+        build_data(config, tmp_path / "data")
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert not list((tmp_path / "data").glob("real.*"))
+    skipping = _config(tmp_path, on_bad_line="skip")  # another setting, so another directory
+    facts = build_data(skipping, tmp_path / "skipped")["sources"]["real"]
+    assert facts["bad_lines"] == 1 and facts["documents"] == 60
+    assert facts["first_bad_lines"] == ["line 61: not UTF-8 at byte 15 of the line"]
+
+
+def test_mended_input_of_an_unfinished_build_is_taken(tmp_path: Path) -> None:
+    config, whole = _config(tmp_path), (tmp_path / "real.jsonl").read_text()
+    (tmp_path / "real.jsonl").write_text(whole + "broken\n")
+    with pytest.raises(DataError, match="line 61"):
+        build_data(config, tmp_path / "mended")
+    (tmp_path / "real.jsonl").write_text(whole)
+    build_data(config, tmp_path / "mended")
+    build_data(config, tmp_path / "fresh")
+    assert _files(tmp_path / "mended") == _files(tmp_path / "fresh")
+
+
+def test_corpus_shorter_than_its_budget_is_refused(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    corpus = {"path": str(tmp_path / "real.jsonl"), "text": "gsm8k", "tokens": "1M"}
+    with pytest.raises(DataError, match=r"corpora.real.tokens = 1000000, but .*real.jsonl has only \d+"):
+        build_data(_config(tmp_path, corpora={"real": corpus}), tmp_path / "data")
+    (tmp_path / "real.jsonl").write_text("")
+    with pytest.raises(DataError, match="real.jsonl holds no documents"):
+        build_data(config, tmp_path / "empty")
+
+
+def test_settings_of_the_world_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'step'.*did you mean 'steps'"):
+        build_data(_config(tmp_path, world={"tokens": BUDGETS, "settings": {"step": 1}}), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_given_tokenizer_is_taken_over(built: Path, tmp_path: Path) -> None:
+    given = {"path": str(built / "data" / "tokenizer")}
+    manifest = build_data(_config(tmp_path, tokenizer=given), tmp_path / "data")
+    assert _files(tmp_path / "data" / "tokenizer") == _files(built / "data" / "tokenizer")
+    assert manifest["inputs"]["tokenizer.path"]["path"] == given["path"]
+    with pytest.raises(DataError, match="nowhere/tokenizer.json does not exist"):
+        build_data(_config(tmp_path, tokenizer={"path": str(tmp_path / "nowhere")}), tmp_path / "other")
+
+
+def test_configuration_survives_its_file(built: Path, tmp_path: Path) -> None:
+    config = _config(built, corpora={"real": {"path": "${OCTO_DATA:-data}/x", "tokens": "5K"}})
+    dump_config(config, tmp_path / "data.yaml")
+    assert load_config(DataBuildConfig, tmp_path / "data.yaml") == config
+
+
+def test_progress_counts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path / "progress.json"))
+    manifest = build_data(_config(tmp_path, corpora={}), tmp_path / "data")
+    told = json.loads((tmp_path / "progress.json").read_text())
+    assert (told["done"], told["total"], told["unit"]) == (manifest["tokens"], sum(BUDGETS.values()), "tokens")
+
+
+KILLS = """
+import os, signal, sys
+from pathlib import Path
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.load import load_config
+from megatron_octo.data import build
+from megatron_octo.data.encode import Encoder
+import megatron_octo.data.tokenizer, transformers
+from megatron_octo.data.indexed import import_indexed_dataset
+import_indexed_dataset()
+
+config, root = load_config(DataBuildConfig, Path(sys.argv[1])), Path(sys.argv[2])
+calls = 0
+
+def dying(function, after):
+    def call(*arguments, **named):
+        global calls
+        calls += 1
+        if calls == at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **named)
+        if calls == at and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+def build_and_die(out, after):
+    for name in ("replace", "rename"):
+        setattr(Path, name, dying(getattr(Path, name), after))
+    build.IndexedWriter.add = dying(build.IndexedWriter.add, after) if at % 3 == 0 else build.IndexedWriter.add
+    build.build_data(config, out)
+
+killed = 0
+for at in map(int, sys.argv[3:]):
+    out = root / str(at)
+    child = os.fork()
+    if child == 0:
+        build_and_die(out, after=at % 2 == 0)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    build.build_data(config, out)
+print(killed)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_killed_anywhere_and_started_again_gives_the_same_files(tmp_path: Path) -> None:
+    """SIGKILL before or after each rename, or between documents; then the same command again."""
+    config = _config(tmp_path, world={"tokens": {"web": 600, "short_cot": 400}})
+    dump_config(config, tmp_path / "data.yaml")
+    arguments = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path / "data.yaml"), str(tmp_path / "out")]
+    points = [*range(1, 17), 30, 60]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "out").mkdir()
+    done = subprocess.run([*arguments, *map(str, points)], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= len(points) - 2
+    build_data(config, tmp_path / "whole")
+    expected = _files(tmp_path / "whole")
+    for number in points:
+        assert _files(tmp_path / "out" / str(number)) == expected, number
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_workers_give_the_same_files(tmp_path: Path) -> None:
+    config = _config(tmp_path, world={"tokens": {"web": 600}})
+    manifest = build_data(config, tmp_path / "one")
+    assert build_data(config, tmp_path / "two", workers=2) == manifest
+    assert _files(tmp_path / "two") == _files(tmp_path / "one")
+
+
+def test_killed_worker_is_told() -> None:
+    from megatron_octo.data.build import _result_of
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        result = pool.submit(os._exit, 9).result
+        with pytest.raises(StageFailed, match="a data worker was killed while 'web' was built"):
+            _result_of(result, "web")

@@ -1,0 +1,204 @@
+"""The global order: Megatron's own within an epoch, every token once an epoch, never changed by asking for more."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_octo.config.run import DataConfig, Source
+from megatron_octo.data import mixture
+from megatron_octo.data.indexed import bin_path, read_index, write_indexed
+from megatron_octo.data.mixture import check_vocabulary, shares
+from megatron_octo.data.reader import TrainDataset, build_train_dataset, windows
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
+
+LENGTH = 16
+UNIQUE = 70_000  # above 16 bit, so that each token of a source can have a number of its own
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources whose tokens are all different: a window shows which tokens of which document it holds."""
+    path = tmp_path_factory.mktemp("sources")
+    for name, documents, first in (("web", 300, 0), ("qa", 60, 20_000), ("tiny", 3, 40_000)):
+        chance, token, texts = random.Random(name), first, []
+        for _ in range(documents):
+            texts.append(list(range(token, token := token + chance.randint(5, 40))))
+        write_indexed(path / name, texts, UNIQUE)
+    return path
+
+
+def _data(folder: Path, seed: int = 3, length: int = LENGTH, **weights: float) -> DataConfig:
+    chosen = {name: Source(path=folder / name, weight=weight) for name, weight in weights.items()}
+    return DataConfig(tokenizer=folder, mixture=chosen, sequence_length=length, seed=seed)
+
+
+def _tokens(dataset: TrainDataset, count: int | None = None) -> list[list[int]]:
+    return [dataset[number]["tokens"].tolist() for number in range(len(dataset) if count is None else count)]
+
+
+def test_items(folder: Path, tmp_path: Path) -> None:
+    dataset = build_train_dataset(_data(folder, web=1), 20, tmp_path)
+    assert len(dataset) == 20
+    item = dataset[7]
+    assert {key: (tuple(value.shape), value.dtype) for key, value in item.items() if key != "dataset_id"} == {
+        "tokens": ((LENGTH,), torch.int64),
+        "labels": ((LENGTH,), torch.int64),
+        "position_ids": ((LENGTH,), torch.int64),
+        "loss_mask": ((LENGTH,), torch.float32),
+    }
+    assert item["tokens"][1:].equal(item["labels"][:-1]) and item["loss_mask"].all()
+    assert item["position_ids"].tolist() == list(range(LENGTH))
+    for outside in (-1, 20):
+        with pytest.raises(IndexError):
+            dataset[outside]
+
+
+def test_order_is_megatrons_within_the_first_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    class Tokenizer:
+        eod, vocab_size, unique_identifiers = 1, UNIQUE, {"class": "Tokenizer"}
+
+    config = GPTDatasetConfig(
+        random_seed=3, sequence_length=LENGTH, blend=([str(folder / "qa"), str(folder / "web")], [2.0, 8.0]),
+        split="1,0,0", path_to_cache=str(tmp_path / "megatron"), tokenizer=Tokenizer(), reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)  # megatron asks without a process group
+    theirs = BlendedMegatronDatasetBuilder(GPTDataset, [200, 0, 0], lambda: True, config).build()[0]
+    ours = build_train_dataset(_data(folder, web=0.8, qa=0.2), 200, tmp_path / "ours")
+    assert max(facts["epochs"] for facts in ours.facts.values()) <= 1
+    for number in range(200):
+        for key, value in ours[number].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[number][key])), (number, key)
+
+
+def test_more_windows_never_change_earlier_ones(folder: Path, tmp_path: Path) -> None:
+    data = _data(folder, web=0.5, qa=0.3, tiny=0.2)
+    long = build_train_dataset(data, 2000, tmp_path)
+    assert all(facts["epochs"] > 2 for facts in long.facts.values())
+    for sequences in (1, 37, 700):
+        assert _tokens(build_train_dataset(data, sequences, tmp_path)) == _tokens(long, sequences)
+
+
+def test_order_does_not_depend_on_key_order_scale_or_cache(folder: Path, tmp_path: Path) -> None:
+    once = _tokens(build_train_dataset(_data(folder, web=0.6, qa=0.4), 300, tmp_path / "a"))
+    assert once == _tokens(build_train_dataset(_data(folder, qa=40, web=60), 300, tmp_path / "b"))
+    assert once != _tokens(build_train_dataset(_data(folder, seed=4, web=0.6, qa=0.4), 300, tmp_path / "a"))
+    dataset = build_train_dataset(_data(folder, web=0.6, qa=0.4), 300, tmp_path / "a")
+    numbers = random.Random(0).sample(range(300), 300)
+    assert [once[number] for number in numbers] == [dataset[number]["tokens"].tolist() for number in numbers]
+    assert _tokens(pickle.loads(pickle.dumps(dataset))) == once
+
+
+def test_each_epoch_reads_every_token_once_but_a_rest(folder: Path, tmp_path: Path) -> None:
+    per_epoch = (read_index(folder / "qa").tokens - 1) // LENGTH
+    read = _tokens(build_train_dataset(_data(folder, qa=1), 3 * per_epoch, tmp_path))
+    epochs = [[token for window in read[e * per_epoch : (e + 1) * per_epoch] for token in window] for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == per_epoch * LENGTH
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert max(Counter(token for epoch in epochs for token in epoch).values()) == 3
+
+
+def test_mixture_proportions_and_facts(folder: Path, tmp_path: Path) -> None:
+    dataset = build_train_dataset(_data(folder, web=7, qa=2, tiny=1), 1000, tmp_path)
+    counts = Counter(dataset.window(number).source for number in range(1000))
+    assert counts == {"web": 700, "qa": 200, "tiny": 100}
+    early = Counter(dataset.window(number).source for number in range(50))
+    assert all(abs(early[name] - 50 * share) <= 1 for name, share in shares(_data(folder, web=7, qa=2, tiny=1)).items())
+    facts = dataset.facts["tiny"]
+    assert (facts["windows"], facts["share"]) == (100, pytest.approx(0.1))
+    assert facts["epochs"] == 100 / facts["windows_per_epoch"] > 1
+
+
+def test_windows_name_their_documents(folder: Path, tmp_path: Path) -> None:
+    data = _data(folder, web=0.7, qa=0.3)
+    dataset = build_train_dataset(data, 400, tmp_path)
+    for found in windows(data, 250, 100, tmp_path):
+        item, index = dataset[found.window], read_index(folder / found.source)
+        held = {int(token) for number in found.documents for token in index.document(number)}
+        seen = set(item["tokens"].tolist()) | set(item["labels"].tolist())
+        assert seen <= held
+        assert all(seen & set(index.document(number).tolist()) for number in found.documents)
+        assert found.epoch == found.number // dataset.facts[found.source]["windows_per_epoch"]
+
+
+def test_many_at_once_share_one_cache(folder: Path, tmp_path: Path) -> None:
+    data = _data(folder, web=0.7, tiny=0.3)
+    with ThreadPoolExecutor(8) as pool:
+        datasets = list(pool.map(lambda _: build_train_dataset(data, 300, tmp_path), range(8)))
+    orders = [_tokens(dataset) for dataset in datasets]
+    assert all(order == orders[0] for order in orders)
+    assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob(".partial-*"))
+
+
+def test_cache_follows_the_data(tmp_path: Path) -> None:
+    """Megatron's cache goes by the path: data built anew under it would be read with the old index."""
+    data = _data(tmp_path, web=1)
+    for documents in (10, 40):  # as many tokens, so that nothing but their borders tells the two apart
+        write_indexed(tmp_path / "web", [[n] * (400 // documents) for n in range(documents)], UNIQUE)
+        dataset = build_train_dataset(data, 20, tmp_path / "cache")
+        fresh = build_train_dataset(data, 20, tmp_path / f"fresh{documents}")
+        assert _tokens(dataset) == _tokens(fresh)
+
+
+def test_damaged_cache_is_named(folder: Path, tmp_path: Path) -> None:
+    build_train_dataset(_data(folder, web=1), 10, tmp_path)
+    next(tmp_path.rglob("shuffle_index.npy")).write_bytes(b"")
+    with pytest.raises(DataError, match="index cache .* is damaged.*delete the directory"):
+        build_train_dataset(_data(folder, web=1), 10, tmp_path)
+
+
+def test_too_long_a_sequence_names_the_source(folder: Path, tmp_path: Path) -> None:
+    tokens = read_index(folder / "tiny").tokens
+    assert len(build_train_dataset(_data(folder, length=tokens - 1, tiny=1), 2, tmp_path)) == 2
+    with pytest.raises(
+        DataError, match=rf"data.mixture.tiny .* has {tokens} tokens in 3 documents.* needs {tokens + 1}"
+    ):
+        build_train_dataset(_data(folder, length=tokens, web=1, tiny=1), 2, tmp_path)
+
+
+def test_truncated_source_and_bad_seed(folder: Path, tmp_path: Path) -> None:
+    write_indexed(tmp_path / "web", [[1, 2, 3]] * 50, UNIQUE)
+    bin_path(tmp_path / "web").write_bytes(b"\0" * 300)
+    with pytest.raises(DataError, match="web.bin is damaged: 300 bytes"):
+        build_train_dataset(_data(tmp_path, web=1), 2, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="data.seed = -1"):
+        build_train_dataset(_data(folder, seed=-1, web=1), 2, tmp_path)
+
+
+def test_vocabulary(tmp_path: Path) -> None:
+    from megatron_octo.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["some text"], 300, tmp_path)
+    size = max(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].values()) + 1
+    write_indexed(tmp_path / "web", [[1, size - 1], [5, 2]], size)
+    check_vocabulary(_data(tmp_path, web=1), size)
+    with pytest.raises(DataError, match=f"has {size} entries, model.vocabulary is {size - 1}"):
+        check_vocabulary(_data(tmp_path, web=1), size - 1)
+    write_indexed(tmp_path / "web", [[1, size], [5, 2]], size)
+    with pytest.raises(DataError, match=rf"data.mixture.web .* holds token {size}, model.vocabulary is {size}"):
+        check_vocabulary(_data(tmp_path, web=1), size)
+
+
+def test_missing_compiled_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    import megatron.core.datasets
+
+    monkeypatch.delattr(megatron.core.datasets, "helpers", raising=False)
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers", None)
+    with pytest.raises(EnvironmentProblem, match="compiled dataset helper.*only-binary"):
+        mixture.compiled_helper()
