@@ -231,9 +231,9 @@ def eval_run(file: Path) -> None:
     """
     from megatron_octo.config.evaluate import EvaluateConfig
     from megatron_octo.config.load import load_config
-    from megatron_octo.evaluate.run import evaluate_model
+    from megatron_octo.evaluate.run import evaluate_models
 
-    evaluate_model(load_config(EvaluateConfig, file))
+    evaluate_models(load_config(EvaluateConfig, file))
 
 
 @_apps["eval"].command("grade")

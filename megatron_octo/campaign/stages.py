@@ -183,6 +183,7 @@ class _Plan:
             "max_new_tokens": lengths,
             "samples": self.config.evaluation.samples,
             "batch_size": self.config.evaluation.batch_size,
+            "threads": self.config.evaluation.threads,
             "seed": self.config.seed,
         }
         path = self._write(f"evaluate-{when}", values)

@@ -68,6 +68,7 @@ class CampaignEvaluation(Strict):
 
     samples: int = Field(default=2, gt=0, description="samples a problem at temperature 1")
     batch_size: int = Field(default=300, gt=0, description="responses drawn together")
+    threads: int | None = Field(default=None, gt=0, description="CPU threads; by default torch decides")
 
 
 class CampaignStart(Strict):

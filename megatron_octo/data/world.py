@@ -60,7 +60,7 @@ class WorldConfig:
     highest_number: int = 20
     largest_change: int = 5
     steps: int = 2
-    heldout_share: float = 0.2
+    heldout_share: float = 0.22
     slip_rate: float = 0.3
     noticed_rate: float = 0.4
     unboxed_rate: float = 0.4
