@@ -178,14 +178,11 @@ def _kept(out: Path, origin: Origin, tokenizer: Path, dtype: str | None) -> dict
     except CertificateError:
         return None
     wanted = dtype or certificate["dtype"]["checkpoint"]
+    ours, theirs = file_digests(out), file_digests(tokenizer)
     same = (
         certificate["lineage"]["seal"] == seal_digest(origin.checkpoint)
         and certificate["dtype"]["export"] == wanted
-        and all(
-            (out / name).read_bytes() == (tokenizer / name).read_bytes()
-            for name in hf_io.TOKENIZER_FILES
-            if (tokenizer / name).is_file() and (out / name).is_file()
-        )
+        and all(ours.get(name) == theirs.get(name) for name in hf_io.TOKENIZER_FILES)
     )
     return certificate if same else None
 

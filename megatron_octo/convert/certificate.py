@@ -18,7 +18,7 @@ from megatron_octo import __version__
 from megatron_octo.config.load import parse_config
 from megatron_octo.config.run import ModelConfig
 from megatron_octo.convert import checks
-from megatron_octo.convert.forward import megatron_outputs, probe_prompts, transformers_outputs
+from megatron_octo.convert.forward import megatron_outputs, probe_lengths, probe_prompts, transformers_outputs
 from megatron_octo.convert.megatron_io import CheckpointTensors, Origin
 from megatron_octo.convert.safetensors_io import read_json, write_json
 from megatron_octo.errors import CertificateError, DataError
@@ -161,7 +161,7 @@ def _compare_outputs(
     if not (before["coverage"]["passed"] and before["round_trip"].get("tensors")):
         skipped = {"passed": False, "problem": "not compared: the files do not hold the model"}
         return {"rope": skipped, "logits": skipped}
-    prompts = probe_prompts(origin.model)
+    prompts = probe_prompts(origin.model, probe_lengths(origin.model))
     ours = megatron_outputs(origin.model, weights, prompts)
     try:
         theirs = transformers_outputs(directory, origin.model, prompts)
@@ -180,7 +180,8 @@ def _repeat_outputs(model_dir: Path, model: ModelConfig, certificate: dict[str, 
     if "reference" not in certificate["logits"]:
         return {}
     try:
-        theirs = transformers_outputs(model_dir, model, probe_prompts(model))
+        prompts = probe_prompts(model, certificate["logits"]["prompt_lengths"])
+        theirs = transformers_outputs(model_dir, model, prompts)
     except DataError as error:
         return {"logits": {"passed": False, "problem": str(error)}}
     recorded = torch.tensor(certificate["rope"]["frequencies"])

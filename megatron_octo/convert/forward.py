@@ -39,14 +39,18 @@ class Outputs:
     frequencies: Tensor
 
 
-def probe_prompts(model: ModelConfig) -> list[list[int]]:
-    """The fixed prompts of a model: token ids drawn with a fixed seed, the last one as long as is cheap."""
+def probe_lengths(model: ModelConfig) -> list[int]:
+    """Lengths of the prompts a model is probed with; the last is as long as is cheap."""
     from megatron_octo.model.facts import parameter_count
 
     affordable = int(_LONG_COST / (2 * parameter_count(model)))
-    long = min(model.max_positions, _LONGEST, max(affordable, SHORT_LENGTHS[-1]))
+    long = min(_LONGEST, max(affordable, SHORT_LENGTHS[-1]))
+    return sorted({min(length, model.max_positions) for length in (*SHORT_LENGTHS, long)})
+
+
+def probe_prompts(model: ModelConfig, lengths: list[int]) -> list[list[int]]:
+    """Prompts of the given lengths: token ids drawn with a fixed seed, so that anyone can draw them again."""
     draw = random.Random(20506)
-    lengths = sorted({min(length, model.max_positions) for length in (*SHORT_LENGTHS, long)})
     return [[draw.randrange(model.vocabulary) for _ in range(length)] for length in lengths]
 
 
@@ -129,13 +133,28 @@ def transformers_outputs(directory: Path, model: ModelConfig, prompts: list[list
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(directory), **options).eval().to(device)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(str(directory), **options).eval().to(device)
+    except Exception as error:  # noqa: BLE001 - whatever a faulty directory makes transformers raise
         raise DataError(f"{directory}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
     with torch.no_grad():
         outputs = (loaded(torch.tensor([prompt], device=device), use_cache=False).logits for prompt in prompts)
         logits = [_last(output, model.vocabulary) for output in outputs]
     return Outputs(logits, loaded.model.rotary_emb.inv_freq.detach().float().cpu())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of transformers between ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _last(logits: torch.Tensor, vocabulary: int) -> Tensor:

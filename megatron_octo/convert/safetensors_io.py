@@ -216,7 +216,9 @@ def _write_shard(path: Path, shard: list[Planned], stream: Iterator[tuple[str, T
     with path.open("wb") as file:
         file.write(_header(shard))
         for planned in shard:
-            name, tensor = next(stream)
+            name, tensor = next(stream, (None, None))
+            if name is None or tensor is None:
+                raise ValueError(f"the stream ended where {planned.name} was planned")
             if name != planned.name or tuple(tensor.shape) != planned.shape:
                 raise ValueError(f"{name} {list(tensor.shape)} came where {planned.name} {planned.shape} was planned")
             file.write(_raw(tensor, planned.dtype))

@@ -9,7 +9,7 @@ Three choices make it learnable and leave reinforcement learning something to do
 - Which problems are held out is decided by a hash of the whole computation. Every single step still occurs in
   training, so a held-out problem asks for a new composition and not for an unknown fact.
 - Worked answers are written by people in a hurry: some contain a slip, and some state the result without a box.
-  A model that imitates them perfectly is therefore right only about half of the time.
+  A model that imitates them perfectly is therefore right less than half of the time.
 """
 
 import hashlib

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_octo.runtime.quick_import import import_megatron
+
 _CPU = torch.device("cpu")
 _OPTIMIZER = "megatron.core.optimizer"
 _RANDOM = "megatron.core.tensor_parallel.random"
@@ -249,6 +251,9 @@ def install() -> bool:
         # must list the originals: wrappers hide them, the context no longer reaches them, and transformers, which
         # builds models on "meta", loads them with uninitialised RoPE frequencies and no error.
         _device_constructors()
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        import_megatron()
         for patch in PATCHES:
             holder = pkgutil.resolve_name(patch.target)
             setattr(holder, patch.name, patch.replace(getattr(holder, patch.name)))

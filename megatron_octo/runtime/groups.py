@@ -82,8 +82,49 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10)
 
     Raises:
         ConfigError: the world has another size than the layout needs.
-        EnvironmentProblem: the processes cannot meet (port in use, address unknown, time out).
+        EnvironmentProblem: the processes cannot meet (port in use, address unknown, time out), or a GPU
+            is there without TransformerEngine.
     """
+    _check_optimizer()
+    return _enter(parallel, seed, timeout_minutes)
+
+
+def initialize_single(seed: int, timeout_minutes: float = 10) -> Runtime:
+    """Make this process a world of its own, whatever torchrun's variables say; no port is used."""
+    import torch.distributed as dist
+
+    cpu_twin.install()
+    if not dist.is_initialized():
+        _start(timedelta(minutes=timeout_minutes), store=dist.HashStore(), rank=0, world_size=1)
+    return _enter(ParallelConfig(), seed, timeout_minutes)
+
+
+def shutdown(keep_world: bool = False) -> None:
+    """Leave the groups; with `keep_world` only the layout goes and another `initialize` may follow."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if not keep_world and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_optimizer() -> None:
+    import importlib.util
+
+    import torch
+
+    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is None:
+        # megatron-core would fall back to torch's AdamW, whose resume is silently wrong: the CPU twin mends
+        # that (see its table), but leaves a machine with CUDA alone.
+        raise EnvironmentProblem(
+            "a CUDA device is present but TransformerEngine is not installed",
+            "training on GPUs needs its layers and its optimizer",
+            "pip install 'transformer-engine[pytorch]==2.11.0', or hide the GPUs: CUDA_VISIBLE_DEVICES=''",
+        )
+
+
+def _enter(parallel: ParallelConfig, seed: int, timeout_minutes: float) -> Runtime:
     import torch
     import torch.distributed as dist
 
@@ -101,26 +142,6 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10)
     _split_world(parallel, timeout_minutes)
     _seed_all(seed)
     return _describe(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
-
-
-def initialize_single(seed: int, timeout_minutes: float = 10) -> Runtime:
-    """Make this process a world of its own, whatever torchrun's variables say; no port is used."""
-    import torch.distributed as dist
-
-    cpu_twin.install()
-    if not dist.is_initialized():
-        _start(timedelta(minutes=timeout_minutes), store=dist.HashStore(), rank=0, world_size=1)
-    return initialize(ParallelConfig(), seed, timeout_minutes)
-
-
-def shutdown(keep_world: bool = False) -> None:
-    """Leave the groups; with `keep_world` only the layout goes and another `initialize` may follow."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if not keep_world and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _join_world(timeout: timedelta) -> None:

@@ -23,7 +23,8 @@ ERROR_PREFIX = "octo: error:"
 """Start of the one line a rank prints for a mistake of the user."""
 
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 30.0
+_STOP_GRACE_SECONDS = 30.0
+_FAILURE_GRACE_SECONDS = 3.0
 _SETTLE_SECONDS = 3.0
 _LAST_LINES = 15
 _PR_SET_PDEATHSIG = 1
@@ -103,7 +104,7 @@ def launch(
                 ranks.append(_start(number, [sys.executable, "-m", module, *arguments], log_dir, shared))
             _wait(ranks, stopped, watch or (lambda: None))
         finally:
-            _end(ranks, 0.0)
+            _end(ranks)
 
 
 def _start(number: int, command: list[str], log_dir: Path, shared: dict[str, str]) -> _Rank:
@@ -152,7 +153,10 @@ def _wait(ranks: list[_Rank], stopped: list[int], watch: Callable[[], None]) -> 
     if stopped:
         _stop(ranks, stopped[0])
     if _failed(ranks):
-        raise _explain(_culprit(ranks))
+        error = _explain(_culprit(ranks))
+        # Others may be about to end well (a save that all were told to stop after): a moment for it.
+        _end(ranks, _FAILURE_GRACE_SECONDS, signal.SIGTERM)
+        raise error
 
 
 def _running(ranks: list[_Rank]) -> list[_Rank]:
@@ -164,11 +168,11 @@ def _failed(ranks: list[_Rank]) -> list[_Rank]:
 
 
 def _stop(ranks: list[_Rank], number: int) -> NoReturn:
-    for rank in ranks:
-        rank.signal_all(signal.SIGTERM)
-    _end(ranks, _GRACE_SECONDS)
+    _end(ranks, _STOP_GRACE_SECONDS, signal.SIGTERM)
     error = StageFailed(f"stopped by {signal.Signals(number).name}", fix="start the same command again to go on")
-    error.exit_code = 128 + number
+    codes = {rank.process.returncode for rank in ranks}
+    # Ranks may have a code of their own for having stopped well; a shell's convention otherwise.
+    error.exit_code = code if len(codes) == 1 and (code := codes.pop()) > 0 else 128 + number
     raise error
 
 
@@ -195,8 +199,11 @@ def _explain(rank: _Rank) -> StageFailed:
     return error
 
 
-def _end(ranks: list[_Rank], grace: float) -> None:
-    """Give ranks `grace` seconds to end, then kill them and whatever they started."""
+def _end(ranks: list[_Rank], grace: float = 0.0, notice: int | None = None) -> None:
+    """Signal `notice`, give ranks `grace` seconds to end, then kill them and whatever they started."""
+    if notice is not None:
+        for rank in _running(ranks):
+            rank.signal_all(notice)
     deadline = time.monotonic() + grace
     for rank in ranks:
         try:

@@ -52,6 +52,8 @@ for name, probe in probes.items():
 assert torch.ones(1).type() == untouched[0] == "torch.FloatTensor"
 assert torch.equal(torch.ones(2), untouched[1])
 assert torch.ones(2).type(torch.int64).dtype == torch.int64
+with torch.device("meta"):  # transformers builds models so; wrapped factories must not hide from it
+    assert torch.empty(2).is_meta and torch.zeros(2).is_meta and torch.tensor([1]).is_meta
 
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 tracker = CudaRNGStatesTracker()
