@@ -98,12 +98,12 @@ def _bar(show: Facts, name: str, stage: dict[str, Any], colour: str, longest: fl
 
 def machine_section(show: Facts) -> str:
     """Hardware, versions, and hashes of the files the report was made from."""
-    gpus = show.values["hardware"].get("gpus") or []
+    gpus = show.values["hardware"]["gpus"]
     items = [
         ("processor", show("hardware/cpu", "text", "not recorded")),
         ("cores", show("hardware/cores", "count", "not recorded")),
         ("memory", show("hardware/memory_bytes", "bytes", "not recorded")),
-        ("GPUs", escape(", ".join(map(str, gpus))) or "none"),
+        ("GPUs", escape(", ".join(gpus)) or "none"),
     ]
     items += [(name, show(f"versions/{name}", "text")) for name in show.values["versions"]]
     listing = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in items)

@@ -56,10 +56,7 @@ def build_facts(record: Record) -> dict[str, Any]:
             "valid": sum(look(branch, "certificate/valid") is True for branch in branches.values()),
             "branches": len(branches),
         },
-        "hardware": {
-            **_mapping(machine, "hardware"),
-            "recorded": "by the campaign" if record.machine else "by the report",
-        },
+        "hardware": _hardware(_mapping(machine, "hardware"), bool(record.machine)),
         "versions": {**_mapping(machine, "versions"), **_mapping(record.stable.facts, "versions")},
         "hashes": _hashes(record),
     }
@@ -261,10 +258,8 @@ def _missing(record: Record, stages: dict[str, Any]) -> list[str]:
     missing += [] if record.manifest else ["data manifest"]
     missing += _without("training metrics", {run.name: run.rows for run in record.runs})
     for name, stage in stages.items():
-        if (stage.get("tokens") or 0) < (stage.get("planned_tokens") or 0):
-            missing.append(
-                f"{stage['planned_tokens'] - stage['tokens']:,} of {stage['planned_tokens']:,} tokens of {name}"
-            )
+        tokens, planned = stage.get("tokens") or 0, stage.get("planned_tokens") or 0
+        missing += [f"{planned - tokens:,} of {planned:,} tokens of {name}"] if tokens < planned else []
     missing += [] if record.branches else ["branches"]
     for what, part in _PARTS.items():
         if record.wants_rl or part not in ("rl", "after"):
@@ -309,6 +304,17 @@ def _hashes(record: Record) -> dict[str, str]:
     for branch in record.branches:
         hashes.update(branch.hashes)
     return hashes
+
+
+def _hardware(stated: dict[str, Any], by_campaign: bool) -> dict[str, Any]:
+    gpus = stated.get("gpus")
+    return {
+        "cpu": str(stated["cpu"]) if stated.get("cpu") else None,
+        "cores": number(stated.get("cores")),
+        "memory_bytes": number(stated.get("memory_bytes")),
+        "gpus": [str(gpu) for gpu in gpus] if isinstance(gpus, list) else [],
+        "recorded": "by the campaign" if by_campaign else "by the report",
+    }
 
 
 def _without_nan(value: Any) -> Any:

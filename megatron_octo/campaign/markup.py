@@ -73,9 +73,9 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def badge(state: bool | None, good: str, bad: str, unknown: str) -> str:
-    """A word in a box: good, bad, or not known yet."""
-    kind, text = {True: ("ok", good), False: ("bad", bad), None: ("open", unknown)}[state]
+def badge(state: Any, good: str, bad: str, unknown: str) -> str:
+    """A word in a box: good for True, bad for False, anything else is not known."""
+    kind, text = ("ok", good) if state is True else ("bad", bad) if state is False else ("open", unknown)
     return f'<span class="{kind}">{escape(text)}</span>'
 
 

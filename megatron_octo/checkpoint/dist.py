@@ -28,8 +28,17 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_ALLOWED_MODULES = ("torch", "collections", "pathlib", "megatron.core.dist_checkpointing")
-_ALLOWED_BUILTINS = {"set", "frozenset", "slice", "complex", "bytearray", "getattr"}
+_DESCRIPTION = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_DESCRIPTION, f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    *((_DESCRIPTION, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    (_DESCRIPTION, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
 
 
 class TensorFacts(NamedTuple):
@@ -120,10 +129,11 @@ def check_metadata_pickle(directory: Path) -> None:
     path = directory / METADATA
     try:
         with path.open("rb") as stream:
-            _NamesOnly(stream).load()
+            if not isinstance(_NamesOnly(stream).load(), Metadata):
+                raise pickle.UnpicklingError("it holds something else")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "it lists the checkpoint's tensors") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, ImportError) as error:
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be trusted ({error})", "it may only list tensors") from None
 
 
@@ -134,8 +144,8 @@ class _NamesOnly(pickle.Unpickler):
         super().__init__(stream)
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module == "builtins" and name in _ALLOWED_BUILTINS
-        if not known and not any(module == root or module.startswith(f"{root}.") for root in _ALLOWED_MODULES):
+        a_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not a_type and (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 

@@ -1,4 +1,8 @@
-"""Model and optimizer state of a distributed run <-> torch_dist files, from any layout to any layout."""
+"""Model and optimizer state of a distributed run <-> torch_dist files, from any layout to any layout.
+
+In the same layout a resumed run is bitwise the uninterrupted one. In another layout sums are taken in another
+order: in fp32, losses stay within 1e-6 of the uninterrupted run over the steps tested (tests/distributed).
+"""
 
 from __future__ import annotations
 

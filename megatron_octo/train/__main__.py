@@ -15,7 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from megatron_octo.errors import OctoError
+from megatron_octo.errors import OctoError, StageFailed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,12 +33,26 @@ def main(arguments: list[str] | None = None) -> int:
 
         train(run, until)
     except OctoError as error:
-        print(f"octo: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except Exception:
+        return _report(error)
+    except Exception as error:
         traceback.print_exc()
+        if "Timed out waiting" in str(error) or "Timeout" in type(error).__name__:
+            return _report(_silence())
         return 1
     return 0
+
+
+def _report(error: OctoError) -> int:
+    print(f"octo: error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _silence() -> OctoError:
+    return StageFailed(
+        f"rank {os.environ.get('RANK', '0')} waited longer than timeout_minutes for another rank",
+        "a rank that hangs or is gone holds up all others",
+        "look for the log-rank*.txt that ends first; the last checkpoint is untouched, start the same command again",
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
 from megatron_octo.config.run import RunConfig
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
-from megatron_octo.train.start import plan_start
+from megatron_octo.train.start import last_step, plan_start
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -28,7 +28,7 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def train_run(path: Path, overrides: list[str] | None = None, until: int | None = None) -> None:
-    """Train a run, or go on with it, on this machine; needs no torch in this process.
+    """Train a run, or go on with it, on this machine; needs no torch in this process. A finished one is left alone.
 
     Args:
         path: run file.
@@ -41,7 +41,8 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
         StageFailed: a rank failed; its exit code is kept.
     """
     run = load_run(path, overrides)
-    plan_start(run)
+    if plan_start(run).step >= last_step(run, until):
+        return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from megatron_octo.train.loop import train
 

@@ -15,7 +15,7 @@ quick_import.import_megatron()  # before the modules below import it
 # ruff: noqa: E402
 from megatron_octo.train.hooks import default_hooks
 from megatron_octo.train.setup import set_up
-from megatron_octo.train.start import hold
+from megatron_octo.train.start import hold, last_step
 from megatron_octo.train.state import TrainState
 from megatron_octo.train.step import train_step
 
@@ -48,11 +48,6 @@ def train(run: RunConfig, until: int | None = None) -> TrainState:
             hooks.finish(state)
         groups.shutdown()
     return state
-
-
-def last_step(run: RunConfig, until: int | None) -> int:
-    """The step a leg of the run ends with: all of it, or the first that reaches `until` tokens."""
-    return run.steps if until is None else min(run.steps, -(-until // run.tokens_per_step))
 
 
 def _is_first() -> bool:

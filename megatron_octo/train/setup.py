@@ -80,6 +80,9 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> Any:
     """Build Megatron's AdamW over model chunks and let their schedule use it."""
     config = optimizer_config(run.optimizer, run.schedule.learning_rate, run.dtype, run.parallel)
     optimizer = get_megatron_optimizer(config, chunks)
+    if _device().type == "cpu":  # one pass over the weights where torch's AdamW would make a dozen
+        for group in optimizer.param_groups:
+            group["fused"] = True
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss

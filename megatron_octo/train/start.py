@@ -65,6 +65,11 @@ def plan_start(run: RunConfig) -> Start:
     return Start(None, moments=False, step=0, root_tokens=0, lineage=None)
 
 
+def last_step(run: RunConfig, until: int | None) -> int:
+    """The step a leg of the run ends with: all of it, or the first that reaches `until` tokens."""
+    return run.steps if until is None else min(run.steps, -(-until // run.tokens_per_step))
+
+
 def open_run(run: RunConfig) -> Start:
     """Make a run directory ready to train in; only rank 0, holding the lock, may call this.
 

@@ -18,11 +18,11 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from tiny_run import FOUR_WAY, RATE, STEP_TOKENS
+from tiny_run import FOUR_WAY, LAYOUTS, RATE, STEP_TOKENS
 from torch.distributed.checkpoint import filesystem
 
 import megatron_octo.train.loop as loop
-from megatron_octo.checkpoint.dist import iterate_tensors, read_metadata
+from megatron_octo.checkpoint.dist import iterate_tensors, read_metadata, write_model
 from megatron_octo.errors import OctoError
 from megatron_octo.runtime import groups
 from megatron_octo.train.api import load_run
@@ -111,11 +111,17 @@ def single(trainer: Trainer) -> None:
     trainer.train("signalled")
     trainer.train("halted", until=8 * STEP_TOKENS, note="halted first")
     trainer.train("halted", "parallel.virtual_pipeline=null", f"schedule.tokens={20 * STEP_TOKENS}")
+    given = f"start.checkpoint={reference}"
     with full_disk():
-        trainer.train("full", f"start.checkpoint={reference}", note="full first")
-    trainer.train("full", until=STEP_TOKENS)
+        trainer.train("full", given, note="full first")
+    trainer.train("full", given, until=STEP_TOKENS)
     with full_disk():
-        trainer.train("full", until=2 * STEP_TOKENS, note="full again")
+        trainer.train("full", given, until=2 * STEP_TOKENS, note="full again")
+    last = reference / "checkpoints" / "step_00000016"
+    write_model(folder / "converted", iterate_tensors(last), {"config": {}})
+    trainer.train("converted-run", f"start.checkpoint={folder / 'converted'}", until=STEP_TOKENS)
+    trainer.train("wider", f"start.checkpoint={last}", "model.ffn=128")
+    trainer.train("deeper", f"start.checkpoint={last}", "model.layers=3")
     trainer.train("nan", "schedule.learning_rate=1e30", "schedule.warmup=0")
     branch = [
         "name=branch",
@@ -133,6 +139,8 @@ def single(trainer: Trainer) -> None:
     rate = 0.1 * RATE
     trainer.train("leaf", *leaf, f"schedule={{learning_rate: {rate!r}, warmup: 0, tokens: {2 * STEP_TOKENS}}}")
     trainer.train("four")
+    twice_and_once(trainer, "bf16", "dtype=bf16")
+    twice_and_once(trainer, "plain", "parallel.distributed_optimizer=false")
 
 
 def four(trainer: Trainer) -> None:
@@ -144,6 +152,15 @@ def four(trainer: Trainer) -> None:
         trainer.train("four", *second, until=9 * STEP_TOKENS, note="full on rank 1")
     with signalled_at(10, rank=2):
         trainer.train("four", *second, note="signalled rank 2")
+    for name, layout in LAYOUTS.items():
+        twice_and_once(trainer, name, *layout)
+
+
+def twice_and_once(trainer: Trainer, name: str, *overrides: str) -> None:
+    """Train six steps in two legs, and in one."""
+    trainer.train(name, *overrides, until=3 * STEP_TOKENS, note=f"{name} first")
+    trainer.train(name, *overrides, until=6 * STEP_TOKENS)
+    trainer.train(f"{name}-whole", *overrides, until=6 * STEP_TOKENS)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from megatron_octo.schedule.fork import describe_lineage, read_lineage
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tiny_run import RATE, STEP_TOKENS, STEPS, metrics, write_run  # noqa: E402
+from tiny_run import LAYOUTS, RATE, STEP_TOKENS, STEPS, metrics, write_run  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 POINTS = {
     "killed-step": "during step 7",
@@ -62,9 +62,10 @@ def notes(folder):
     return json.loads((folder / "notes.0.json").read_text())
 
 
-def tensors(run_dir: Path) -> str:
-    """Hash of the file that holds every weight and moment of a single process's last checkpoint."""
-    return json.loads((latest_checkpoint(run_dir) / "seal.json").read_text())["files"]["__0_0.distcp"]["sha256"]
+def shards(run_dir: Path) -> dict[str, str]:
+    """Hashes of the files that hold every weight and moment of the last checkpoint."""
+    files = json.loads((latest_checkpoint(run_dir) / "seal.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
 
 
 def same(run_dir: Path, reference: Path) -> list[tuple]:
@@ -88,7 +89,7 @@ def test_the_reference_learns_and_ends(folder, notes):
 def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(folder, notes, name):
     assert notes[name] == {"error": None}
     assert same(folder / name, folder / "reference") == []
-    assert tensors(folder / name) == tensors(folder / "reference")
+    assert shards(folder / name) == shards(folder / "reference")
 
 
 def test_a_kill_leaves_the_last_good_checkpoint_in_charge(folder):
@@ -105,7 +106,7 @@ def test_sigterm_saves_at_the_step_boundary_and_the_run_goes_on(folder, notes):
     assert notes["signalled first"]["code"] == 75
     assert "step_00000006" in {path.name for path in sealed_checkpoints(folder / "signalled")}
     assert same(folder / "signalled", folder / "reference") == []
-    assert tensors(folder / "signalled") == tensors(folder / "reference")
+    assert shards(folder / "signalled") == shards(folder / "reference")
 
 
 def test_until_stops_and_a_constant_schedule_may_grow(folder, notes):
@@ -134,6 +135,15 @@ def test_four_processes_in_two_layouts_then_one(folder, notes):
     assert max(away) <= 1e-6, away
 
 
+@pytest.mark.parametrize("name", [*LAYOUTS, "bf16", "plain"])
+def test_two_legs_are_bitwise_one_in_any_layout(folder, notes, name):
+    seen = notes if name in notes else json.loads((folder / "four.0.json").read_text())
+    assert seen[f"{name} first"] == seen[name] == seen[f"{name}-whole"] == {"error": None}
+    assert len(metrics(folder / name)) == 6
+    assert same(folder / name, folder / f"{name}-whole") == []
+    assert shards(folder / name) == shards(folder / f"{name}-whole")
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(folder, notes):
     for note in ("full first", "full again"):
         assert notes[note]["error"] == "EnvironmentProblem"
@@ -145,10 +155,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, notes):
     verify_seal(latest_checkpoint(folder / "full"))
 
 
-def test_given_weights_are_the_start(folder):
-    before, after = metrics(folder / "reference")[-1], metrics(folder / "full")[0]
-    assert after["step"] == 1
-    assert after["loss"] < before["loss"] + 0.5
+def test_given_weights_are_the_start(folder, notes):
+    given, converted = metrics(folder / "full")[0], metrics(folder / "converted-run")[0]
+    assert given["step"] == given["tokens"] // STEP_TOKENS == 1
+    assert given["loss"] < metrics(folder / "reference")[0]["loss"] - 0.3
+    assert notes["converted-run"] == {"error": None}
+    assert converted["loss"] == given["loss"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("wider", "mismatch"), ("deeper", "decoder.layers.2")])
+def test_weights_of_another_shape_are_refused(notes, name, said):
+    assert notes[name]["error"] == "CheckpointError"
+    assert said in notes[name]["text"]
+    assert "step_00000016: does not fit this model" in notes[name]["text"]
 
 
 def test_a_senseless_loss_stops_the_run(folder, notes):

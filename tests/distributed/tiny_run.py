@@ -13,6 +13,13 @@ STEPS = 16
 RATE = 3e-3
 FOUR_WAY = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
 
+LAYOUTS = {
+    "interleaved": ["parallel={tensor: 2, pipeline: 2, virtual_pipeline: 2}", "model.layers=4"],
+    "context": ["parallel={context: 2, data: 2}"],
+    "plain-data": ["parallel={tensor: 2, data: 2, distributed_optimizer: false}"],
+    "bf16-data": ["parallel={tensor: 2, data: 2}", "dtype=bf16"],
+}
+
 
 def write_data(folder: Path) -> None:
     from megatron_octo.data.indexed import write_indexed

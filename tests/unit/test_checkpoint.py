@@ -1,0 +1,135 @@
+"""Seals, pointers, retention and the torch_dist helpers, without process groups."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint.dist import iterate_tensors, read_metadata, write_model
+from megatron_octo.checkpoint.retain import prune
+from megatron_octo.checkpoint.seal import seal, seal_digest, verify_seal
+from megatron_octo.errors import CheckpointError
+
+
+def save(run_dir: Path, step: int) -> Path:
+    """A checkpoint of arbitrary files, published as the trainer does it."""
+    temporary = store.begin(run_dir, step)
+    (temporary / "__0_0.distcp").write_bytes(bytes(range(256)) * step)
+    (temporary / ".metadata").write_bytes(b"names")
+    store.write_facts(temporary, {"step": step, "run_tokens": 100 * step, "tokens": 1000 + 100 * step})
+    return store.publish(temporary, run_dir, step)
+
+
+def test_a_published_checkpoint_is_sealed_and_pointed_at(tmp_path):
+    path = save(tmp_path, 3)
+    verify_seal(path)
+    assert path.name == "step_00000003"
+    assert store.latest_checkpoint(tmp_path) == path
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+    assert set(json.loads((path / "seal.json").read_text())["files"]) == {".metadata", "__0_0.distcp", "run.json"}
+    assert len(seal_digest(path)) == 64
+
+
+def test_publishing_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / "checkpoints" / "step_00000003" / "old").touch()
+    verify_seal(save(tmp_path, 3))
+
+
+def test_pruning_keeps_the_newest_and_the_one_in_charge(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    store.point_at(tmp_path, "step_00000001")
+    assert prune(tmp_path, 2) == ["step_00000002"]
+    assert [path.name for path in store.sealed_checkpoints(tmp_path)] == [
+        "step_00000001", "step_00000003", "step_00000004",
+    ]  # fmt: skip
+
+
+def test_a_fork_position_names_its_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert store.checkpoint_at(tmp_path, None).name == "step_00000003"
+    assert store.checkpoint_at(tmp_path, 1200).name == "step_00000002"
+    assert store.checkpoint_at(tmp_path, 1150).name == "step_00000002"
+    with pytest.raises(CheckpointError) as missing:
+        store.checkpoint_at(tmp_path, 1301)
+    assert "no checkpoint at 1301 tokens" in str(missing.value)
+    assert "1100 (step_00000001), 1200 (step_00000002), 1300 (step_00000003)" in str(missing.value)
+    with pytest.raises(CheckpointError, match="no such run directory"):
+        store.checkpoint_at(tmp_path / "absent", None)
+
+
+TENSORS = {
+    "decoder.layers.0.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "embedding.word_embeddings.weight": torch.full((2, 2), 1.5, dtype=torch.bfloat16),
+}
+
+
+def test_a_weights_only_checkpoint_reads_back(tmp_path):
+    write_model(tmp_path / "model", TENSORS.items(), {"config": {"name": "x"}})
+    verify_seal(tmp_path / "model")
+    assert store.read_facts(tmp_path / "model")["moments"] is False
+    facts = read_metadata(tmp_path / "model")
+    assert {name: (item.shape, item.dtype) for name, item in facts.items()} == {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()
+    }
+    read = dict(iterate_tensors(tmp_path / "model"))
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
+    with pytest.raises(CheckpointError, match="no tensor named 'nothing'"):
+        list(iterate_tensors(tmp_path / "model", ["nothing"]))
+    with pytest.raises(CheckpointError, match="exists"):
+        write_model(tmp_path / "model", [], {})
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class Evaluated:
+    """Runs code through a builtin when it is unpickled."""
+
+    def __reduce__(self):
+        return eval, ("__import__('os').getpid()",)
+
+
+@pytest.mark.parametrize("kind", ["call", "eval", "cut", "missing"])
+def test_metadata_that_would_run_code_is_refused(tmp_path, kind):
+    write_model(tmp_path / "model", TENSORS.items(), {})
+    path = tmp_path / "model" / ".metadata"
+    sprung = tmp_path / "sprung"
+    if kind == "missing":
+        path.unlink()
+    else:
+        content = {"call": pickle.dumps(Trap(sprung)), "eval": pickle.dumps(Evaluated()), "cut": path.read_bytes()[:40]}
+        path.write_bytes(content[kind])
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        read_metadata(tmp_path / "model")
+    assert not sprung.exists()
+
+
+def test_the_store_needs_no_torch():
+    rooms = "megatron_octo.checkpoint.store, megatron_octo.checkpoint.retain, megatron_octo.train.api"
+    code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_sealing_twice_gives_the_same_seal(tmp_path):
+    path = save(tmp_path, 1)
+    before = seal_digest(path)
+    seal(path)
+    assert seal_digest(path) == before

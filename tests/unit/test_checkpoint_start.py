@@ -1,0 +1,178 @@
+"""Where a run starts, what may change when it goes on, and who may write its directory. No torch needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from unittest import mock
+
+import pytest
+import yaml
+
+from megatron_octo.checkpoint import store
+from megatron_octo.config.run import RunConfig
+from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.train import start
+from megatron_octo.train.api import load_run, train_run
+from megatron_octo.train.start import cut_metrics, hold, open_run, plan_start
+
+
+def values(out, **more):
+    return {
+        "name": "stable",
+        "out": str(out),
+        "dtype": "fp32",
+        "model": {"layers": 2, "hidden": 32, "heads": 4, "kv_groups": 2, "ffn": 64, "vocabulary": 91},
+        "data": {
+            "tokenizer": "tok",
+            "mixture": {"web": {"path": "web", "weight": 0.7}, "math": {"path": "math", "weight": 0.3}},
+            "sequence_length": 32,
+        },
+        "batch": {"global_batch": 4, "micro_batch": 2},
+        "schedule": {"learning_rate": 1e-3, "tokens": 10_000},
+        "checkpoint": {"every": 1000},
+        **more,
+    }
+
+
+def save(config: RunConfig, step: int) -> None:
+    temporary = store.begin(config.out, step)
+    tokens = step * config.tokens_per_step
+    facts = {"step": step, "run_tokens": tokens, "tokens": tokens, "config": config.model_dump(mode="json")}
+    store.write_facts(temporary, facts)
+    store.publish(temporary, config.out, step)
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = RunConfig.model_validate(values(tmp_path / "stable"))
+    save(config, 8)
+    return config
+
+
+def changed(config: RunConfig, path: str, value) -> RunConfig:
+    plain = config.model_dump(mode="json")
+    *folders, name = path.split(".")
+    place = plain
+    for folder in folders:
+        place = place[folder]
+    place[name] = value
+    return RunConfig.model_validate(plain)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parallel.tensor", 2),
+        ("parallel.data", 2),
+        ("checkpoint.every", 500),
+        ("checkpoint.keep", 7),
+        ("threads", 1),
+        ("timeout_minutes", 3),
+        ("schedule.tokens", 20_000),
+    ],
+)
+def test_what_may_change(config, field, value):
+    begin = plan_start(changed(config, field, value))
+    assert (begin.step, begin.moments, begin.root_tokens) == (8, True, 0)
+    assert begin.checkpoint == config.out / "checkpoints" / "step_00000008"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("data.mixture.web.weight", 0.6, "data.mixture.web.weight: 0.7 -> 0.6"),
+        ("data.mixture.math.path", "other", "data.mixture.math.path: 'math' -> 'other'"),
+        ("data.seed", 9, "data.seed: 0 -> 9"),
+        ("data.sequence_length", 64, "data.sequence_length: 32 -> 64"),
+        ("batch.global_batch", 8, "batch.global_batch: 4 -> 8"),
+        ("model.layers", 4, "model.layers: 2 -> 4"),
+        ("seed", 1, "seed: 0 -> 1"),
+        ("schedule.learning_rate", 2e-3, "schedule.learning_rate: 0.001 -> 0.002"),
+        ("schedule.tokens", 9_000, "schedule.tokens: 10000 -> 9000"),
+        ("optimizer.weight_decay", 0.2, "optimizer.weight_decay: 0.1 -> 0.2"),
+        ("parallel.distributed_optimizer", False, "parallel.distributed_optimizer: True -> False"),
+        ("dtype", "bf16", "dtype: 'fp32' -> 'bf16'"),
+    ],
+)
+def test_what_may_not_change_is_named(config, field, value, said):
+    with pytest.raises(ConfigError) as refused:
+        plan_start(changed(config, field, value))
+    assert said in str(refused.value)
+
+
+def test_a_decay_cannot_grow(tmp_path):
+    decay = {"kind": "cosine", "learning_rate": 1e-3, "tokens": 10_000}
+    config = RunConfig.model_validate(values(tmp_path / "long", schedule=decay))
+    save(config, 8)
+    with pytest.raises(ConfigError, match="schedule.tokens: 10000 -> 20000"):
+        plan_start(changed(config, "schedule.tokens", 20_000))
+
+
+def test_opening_cuts_metrics_beyond_the_checkpoint(config):
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 12)]
+    (config.out / "metrics.jsonl").write_text("".join(lines) + '{"step": 12, "lo')
+    open_run(config)
+    assert [json.loads(line)["step"] for line in (config.out / "metrics.jsonl").open()] == list(range(1, 9))
+    assert load_run(config.out / "config.yaml") == config
+
+
+def test_metrics_that_fit_are_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    before = path.stat().st_ino
+    cut_metrics(path, 1)
+    assert path.stat().st_ino == before
+    cut_metrics(tmp_path / "absent", 1)
+
+
+def test_a_branch_names_missing_parents_and_positions(config, tmp_path):
+    fork = {"parent": str(tmp_path / "nowhere")}
+    branch = RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}))
+    with pytest.raises(CheckpointError, match="nowhere: no such run directory"):
+        plan_start(branch)
+    fork = {"parent": str(config.out), "at": "5K"}
+    branch = RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}))
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint at 5000 tokens; checkpoints exist at 1024 \(step_00000008\)"
+    ):
+        plan_start(branch)
+    assert not (tmp_path / "long").exists()
+
+
+def test_a_branch_writes_its_lineage_before_it_trains(config, tmp_path):
+    fork = {"parent": str(config.out), "at": "1K"}
+    branch = RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}))
+    branch.out.mkdir()
+    begin = open_run(branch)
+    written = json.loads((branch.out / "lineage.json").read_text())
+    assert (begin.step, begin.root_tokens, begin.moments) == (0, 1024, True)
+    assert written == begin.lineage
+    assert written["parent"] == str(config.out)
+
+
+def test_given_weights_must_exist(tmp_path):
+    config = RunConfig.model_validate(values(tmp_path / "run", start={"checkpoint": str(tmp_path / "absent")}))
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        plan_start(config)
+
+
+def test_a_run_directory_has_one_writer(tmp_path):
+    said = f"another process trains here \\(process {os.getpid()}\\)"
+    patience = mock.patch.object(start, "_LOCK_PATIENCE", 0.2)
+    with hold(tmp_path / "run"), patience, pytest.raises(EnvironmentProblem, match=said):
+        hold(tmp_path / "run")
+    hold(tmp_path / "run").close()
+
+
+def test_the_command_refuses_before_any_process_starts(config, tmp_path):
+    plain = config.model_dump(mode="json")
+    plain["data"]["seed"] = 9
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
+    with mock.patch("megatron_octo.runtime.launch.launch") as launch:
+        with pytest.raises(ConfigError, match=r"data\.seed: 0 -> 9"):
+            train_run(tmp_path / "run.yaml")
+        train_run(tmp_path / "run.yaml", ["data.seed=0", "parallel.data=2"], 4000)
+    (module, arguments, processes, logs, _), _ = launch.call_args
+    assert (module, processes, logs) == ("megatron_octo.train", 2, config.out)
+    assert arguments == [str(tmp_path / "run.yaml"), "data.seed=0", "parallel.data=2", "--until", "4000"]
