@@ -92,6 +92,7 @@ class RLConfig(Strict):
     length_stages: tuple[LengthStage, ...] | None = Field(default=None, min_length=1)
     max_prompt: int = Field(default=1024, gt=0, description="tokens; longer problems are left out")
     template: str = Field(default="octothinker-complex", description="a name megatron_octo.evaluate.prompts knows")
+    bos: bool = Field(default=False, description="begin prompts with the BOS text; for models trained with one")
     require_stop: bool = Field(default=True, description="a response cut by the cap earns nothing")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -184,6 +185,10 @@ class RLStageConfig(Strict):
         dotted = [f"{key}={_as_yaml(value)}" for key, value in self.runs[label].overrides.items()]
         values = merge(self.rl.model_dump(exclude_unset=True), apply_overrides({}, dotted))
         config = parse_config(RLConfig, values, f"runs.{label}")
+        if self.target == "cpu" and config.top_p != 1:
+            raise ConfigError(
+                f"runs.{label}: top_p = {config.top_p:g}", "the CPU twin draws from the whole distribution"
+            )
         check_batches(config, 1 if self.target == "cpu" else config.placement.processes, f"runs.{label}")
         return config
 

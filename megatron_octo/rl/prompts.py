@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_octo.errors import DataError
-
-Length = Callable[[str], int]
+from megatron_octo.rl.tokens import SpecialTexts
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,9 @@ class PromptFacts:
 
 
 def write_prompts(
-    problems: Path, out: Path, *, template: str, count: int, seed: int, max_tokens: int, model: Path | None = None
-) -> PromptFacts:
+    problems: Path, out: Path, *, template: str, count: int, seed: int, max_tokens: int,
+    tokenizer: SpecialTexts | None = None, bos: bool = False,
+) -> PromptFacts:  # fmt: skip
     """Write the prompts of a run.
 
     OpenRLHF has no step limit: a run ends when its prompt file does. So the problems are shuffled by the seed and
@@ -46,7 +46,8 @@ def write_prompts(
         count: rows, i.e. rollouts x prompts of a rollout.
         seed: of the order.
         max_tokens: longest prompt; OpenRLHF would cut a longer one from the left without a word.
-        model: model directory whose tokenizer counts and whose BOS the template may ask for.
+        tokenizer: of the model; it counts. Without one, characters are counted.
+        bos: begin each prompt with the tokenizer's BOS text.
 
     Raises:
         DataError: the file is missing or damaged, or no problem fits.
@@ -54,8 +55,8 @@ def write_prompts(
     from megatron_octo.evaluate.prompts import build_prompt
 
     read = list(read_problems(problems))
-    bos, length = prompt_tokenizer(model) if model else (None, len)
-    rows = [(build_prompt(template, row["question"], bos), row) for row in read]
+    length, start = (tokenizer.length, tokenizer.bos) if tokenizer else (len, None)
+    rows = [(build_prompt(template, row["question"], start if bos else None), row) for row in read]
     fitting = [(prompt, row) for prompt, row in rows if length(prompt) <= max_tokens]
     if not fitting:
         raise DataError(
@@ -103,29 +104,6 @@ def split_prompts(prompts: Path, counts: list[int], out: Callable[[int], Path]) 
         write_text(paths[-1], "".join(lines[start : start + count]))
         start += count
     return paths
-
-
-def prompt_tokenizer(model: Path) -> tuple[str | None, Length]:
-    """The BOS text of a model directory (None without one) and a function that counts a prompt's tokens.
-
-    Reads `tokenizer.json` alone: importing transformers costs seconds this needs not.
-
-    Raises:
-        DataError: the directory has no readable tokenizer.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{model}: its tokenizer cannot be read ({error})", fix="convert the model again") from None
-    return special_text(settings.get("bos_token")), lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-
-
-def special_text(token: object) -> str | None:
-    """The text of a special token as tokenizer_config.json writes it: plain, or an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
 
 
 def write_text(path: Path, text: str) -> None:

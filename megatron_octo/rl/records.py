@@ -45,7 +45,7 @@ _Step = dict[str, Any]
 class EventReader:
     """Reads the growing event files of one directory, each byte once.
 
-    A run that was killed and resumed has several files; a later one's steps replace an earlier one's.
+    A run that was killed and resumed has several files; where two tell of one step, the later one counts.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,19 +58,19 @@ class EventReader:
         from tensorboard.compat.proto.event_pb2 import Event
 
         for path in sorted(self.directory.glob("events.out.tfevents.*"), key=_started):
-            fresh = path not in self._offsets
             for data in self._records(path):
-                self._take(Event.FromString(data), fresh)
+                self._take(Event.FromString(data))
         return {step: values for step, values in sorted(self._steps.items()) if _COMPLETE in values}
 
-    def _take(self, event: Any, fresh: bool) -> None:
+    def forget_after(self, step: int) -> None:
+        """Drop what is known of later steps: the run goes on from this one and does them again."""
+        self.read()
+        self._steps = {known: values for known, values in self._steps.items() if known <= step}
+
+    def _take(self, event: Any) -> None:
         for value in event.summary.value:
             if value.tag.startswith("train/") and value.HasField("simple_value"):
-                step = self._steps.setdefault(event.step, {})
-                if fresh and value.tag in step and step["time"] < event.wall_time and _COMPLETE in step:
-                    step.clear()  # this step was done again after a resume
-                step[value.tag] = value.simple_value
-                step["time"] = event.wall_time
+                self._steps.setdefault(event.step, {}).update({value.tag: value.simple_value, "time": event.wall_time})
 
     def _records(self, path: Path) -> Iterator[bytes]:
         """Whole records past the last offset: length, its checksum, data, its checksum."""

@@ -42,9 +42,9 @@ PRELOADED = (
 """What every worker needs and has from the nursery. Ray is not among it: its library reads each worker's own
 environment when it is loaded, and is loaded after the fork."""
 
-_PROCESSES_OF_A_RUN = 4
-"""Logical CPUs and GPUs of one length stage: controller, policy, critic, engine. OpenRLHF leaves the engine's
-placement behind when a stage ends, so every stage has its own share."""
+_PROCESSES_OF_A_RUN = 5
+"""Logical CPUs and GPUs of one length stage: controller, policy, critic, reference, engine. OpenRLHF leaves the
+engine's placement behind when a stage ends, so every stage has its own share."""
 
 _OBJECT_STORE_BYTES = 200 * 2**20
 

@@ -30,6 +30,7 @@ _SETTINGS = {
     "OMP_NUM_THREADS": "1",  # the cores are filled with processes
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # OpenRLHF compiles its entropy; on a CPU that takes longer than the run
     "HF_HUB_OFFLINE": "1",
     "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own pool starts a thread, and the nursery forks
     "RAY_worker_niceness": "0",  # 15 by default: on a busy machine the workers starve
@@ -126,11 +127,11 @@ def _end(process: subprocess.Popen, token: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     deadline = time.monotonic() + _SECONDS_TO_LEAVE
-    while (left := _carriers(token)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for number in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+    while left := _carriers(token):
+        for number in left if time.monotonic() > deadline else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def _carriers(token: str) -> list[int]:
