@@ -121,7 +121,11 @@ def branch_show(directory: Path, as_json: AsJson = False) -> None:
 
 
 @_apps["data"].command("build")
-def data_build(file: Path, out: Annotated[Path, typer.Option(help="directory to write")]) -> None:
+def data_build(
+    file: Path,
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    workers: Annotated[int, typer.Option(min=1, help="processes that tokenise")] = 1,
+) -> None:
     """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
 
     Example: octo data build mix.yaml --out data
@@ -130,7 +134,7 @@ def data_build(file: Path, out: Annotated[Path, typer.Option(help="directory to 
     from megatron_octo.config.load import load_config
     from megatron_octo.data.build import build_data
 
-    build_data(load_config(DataBuildConfig, file), out)
+    build_data(load_config(DataBuildConfig, file), out, workers)
 
 
 @_apps["data"].command("inspect")
@@ -144,11 +148,25 @@ def data_inspect(prefix: Path, as_json: AsJson = False) -> None:
     _print(inspect(prefix), as_json)
 
 
+@_apps["data"].command("verify")
+def data_verify(directory: Path) -> None:
+    """Check every file of a data directory against its manifest.
+
+    Example: octo data verify data
+    """
+    from megatron_octo.data.build import verify_data
+
+    verify_data(directory)
+    typer.echo(f"{directory}: every file is as its manifest says")
+
+
 @_apps["convert"].command("to-hf")
 def convert_to_hf(
     paths: Annotated[
         list[Path], typer.Argument(help="CHECKPOINT OUT [CHECKPOINT OUT ...]; a run directory means its latest")
     ],
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer directory; by default the run's own")] = None,
+    dtype: Annotated[str, typer.Option(help="source, fp32 or bf16")] = "source",
 ) -> None:
     """Convert checkpoints to Hugging Face directories, each with a certificate.
 
@@ -158,7 +176,7 @@ def convert_to_hf(
 
     if len(paths) % 2:
         raise typer.BadParameter("give pairs: CHECKPOINT OUT")
-    to_hf_many(list(zip(paths[::2], paths[1::2], strict=True)))
+    to_hf_many(zip(paths[::2], paths[1::2], strict=True), tokenizer, dtype)
 
 
 @_apps["convert"].command("from-hf")
@@ -189,9 +207,10 @@ def convert_show(path: Path, as_json: AsJson = False) -> None:
 
     Example: octo convert show runs/demo/stable
     """
-    from megatron_octo.convert.api import show
+    from megatron_octo.convert.api import format_tree, show
 
-    _print(show(path), as_json)
+    report = show(path)
+    _print_json(report) if as_json else typer.echo(format_tree(report))
 
 
 @_apps["rl"].command("train")

@@ -100,6 +100,6 @@ def check_results(out: Path) -> None:
         assert (out / "rl" / branch / "model" / "model.safetensors").exists()
         for when in ("base", "rl"):
             result = json.loads((out / "eval" / f"{branch}-{when}.json").read_text())
-            assert result["n_problems"] == 40
+            assert result["greedy"]["n_problems"] == result["sampled"]["n_problems"] == 40
     layouts = {row["layout"] for row in metrics(out / "stable")}
     assert layouts == {"TP2 PP2 SP", "DP2"}
