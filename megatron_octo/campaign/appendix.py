@@ -68,11 +68,13 @@ def data_section(show: Facts) -> str:
     for name in show.values["data"]["sources"]:
         counts = [show(f"data/sources/{name}/{kind}", "count", "not stated") for kind in ("documents", "tokens")]
         shares = [show(f"mixtures/{stage}/{name}", "percent", "–") for stage in mixtures]
-        rows.append([escape(name), *counts, *shares])
+        entropy = show(f"data/sources/{name}/unigram_entropy", "loss", "not stated")
+        rows.append([escape(name), *counts, entropy, *shares])
     total = [show(f"data/{kind}", "count", "not stated") for kind in ("documents", "tokens")]
-    rows.append(["<b>all</b>", *total, *[""] * len(mixtures)])
-    columns = ["source", "documents", "tokens", *(f"share in {stage}" for stage in mixtures)]
-    caption = "Shares are of packed sequences, as each stage draws them." if mixtures else ""
+    rows.append(["<b>all</b>", *total, "", *[""] * len(mixtures)])
+    columns = ["source", "documents", "tokens", "unigram entropy, nats", *(f"share in {stage}" for stage in mixtures)]
+    caption = "Unigram entropy: the loss of a reader who knows only how often each token occurs. "
+    caption += "Shares are of packed sequences, as each stage draws them." if mixtures else ""
     return f'{table(columns, rows)}<p class="small">{caption}</p>'
 
 

@@ -225,7 +225,7 @@ def _data(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
     if manifest is None:
         return None
     counts = {
-        name: {kind: number(look(source, kind)) for kind in ("documents", "tokens")}
+        name: {kind: number(look(source, kind)) for kind in ("documents", "tokens", "unigram_entropy")}
         for name, source in _mapping(manifest, "sources").items()
     }
     totals = {kind: [count[kind] for count in counts.values()] for kind in ("documents", "tokens")}

@@ -325,6 +325,7 @@ def _facts(writer: IndexedWriter, found: Texts) -> dict[str, Any]:
         "documents": writer.documents,
         "tokens": writer.tokens,
         "largest_token": writer.largest_token,
+        "unigram_entropy": writer.unigram_entropy,
         "dtype": index.dtype.name,
         "bytes": sum(path.stat().st_size for path in files),
         "sha256": {path.name: hash_file(path) for path in files},

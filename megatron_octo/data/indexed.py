@@ -6,8 +6,10 @@ needs neither torch nor megatron, and checks what megatron's reader does not: th
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +87,7 @@ class IndexedWriter:
         megatron = import_indexed_dataset()
         self.prefix = prefix
         self.documents = self.tokens = 0
-        self.largest_token = -1
+        self._counts: Counter[int] = Counter()
         self._temporary = Path(f"{prefix}.partial")
         self._builder = megatron.IndexedDatasetBuilder(
             str(bin_path(self._temporary)), dtype=megatron.DType.optimal_dtype(vocabulary)
@@ -104,7 +106,18 @@ class IndexedWriter:
         self._builder.add_document(tokens, [len(tokens)])
         self.documents += 1
         self.tokens += len(tokens)
-        self.largest_token = max(self.largest_token, max(tokens))
+        self._counts.update(tokens)
+
+    @property
+    def largest_token(self) -> int:
+        """The highest token id written."""
+        return max(self._counts)
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats per token of a reader who knows only how often each token occurs: the loss to fall below."""
+        shares = (count / self.tokens for count in self._counts.values())
+        return -sum(share * math.log(share) for share in shares)
 
     def publish(self) -> None:
         """Write the index, flush both files to disk and give them their names; the `.idx` last."""

@@ -41,6 +41,9 @@ def test_bytes_are_megatrons(tmp_path: Path, vocabulary: int, dtype: type) -> No
     assert idx_path(tmp_path / "ours").read_bytes() == (tmp_path / "megatron.idx").read_bytes()
     assert (written.documents, written.tokens) == (200, sum(map(len, documents)))
     assert written.largest_token == max(map(max, documents))
+    _, counts = np.unique(np.concatenate([np.array(document) for document in documents]), return_counts=True)
+    shares = counts / counts.sum()
+    assert written.unigram_entropy == pytest.approx(-(shares * np.log(shares)).sum())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron.bin", "megatron.idx", "ours.bin", "ours.idx"]
 
 
