@@ -87,6 +87,15 @@ def test_killed_campaign_ends_where_an_undisturbed_one_ends(tmp_path: Path) -> N
     before = attempts(killed)
     finish(killed, seconds=60)
     assert attempts(killed) == before, "a finished campaign runs nothing again"
+    check_start_from_hugging_face(tmp_path, killed / "hf" / "long")
+
+
+def check_start_from_hugging_face(tmp_path: Path, model: Path) -> None:
+    """A campaign may start from any Llama in Hugging Face form, here one that another campaign made."""
+    out = tmp_path / "from_hf"
+    finish(out, "rl=null", f"start={{hf: '{model}'}}", f"data.tokenizer={{path: '{model}', train: null}}")
+    fresh, continued = metrics(tmp_path / "calm" / "stable"), metrics(out / "stable")
+    assert continued[0]["loss"] < fresh[0]["loss"] - 0.5
 
 
 def check_results(out: Path) -> None:
