@@ -135,7 +135,7 @@ def _branch(branch: Branch) -> dict[str, Any]:
         "problems": look(before, "problems") or look(after, "problems"),
         "before": before,
         "after": after,
-        "response_length": {when: look(side, "greedy/response_length") for when, side in _sides(before, after)},
+        "response_length": {when: look(side, "sampled/response_length") for when, side in _sides(before, after)},
         "change": {kind: _change(before, after, kind) for kind in ("greedy", "sampled")},
         "greedy_problem_by_problem": _problem_by_problem(branch),
     }

@@ -84,14 +84,14 @@ def accuracy_figure(facts: dict[str, Any], kind: str) -> Figure | None:
 @styled
 def length_figure(facts: dict[str, Any]) -> Figure | None:
     """Mean response length of greedy answers before and after RL, one pair of bars a branch."""
-    lengths = [look(branch, f"{when}/greedy/response_length") for branch, when in _measured(facts)]
+    lengths = [look(branch, f"{when}/sampled/response_length") for branch, when in _measured(facts)]
     if not any(length is not None for length in lengths):
         return None
     figure = _figure(_HALF, 1.1 + 0.75 * len(facts["branches"]))
     axes = figure.subplots()
     for row, (_, branch, colour) in enumerate(_rows(facts)):
         for when, offset in (("before", -0.19), ("after", 0.19)):
-            length = look(branch, f"{when}/greedy/response_length")
+            length = look(branch, f"{when}/sampled/response_length")
             if length is not None:
                 fill = colour if when == "after" else SURFACE
                 axes.barh(row + offset, length, 0.32, color=fill, edgecolor=colour, linewidth=1.2)
@@ -113,9 +113,9 @@ def rl_figure(record: Record, column: str, label: str, percent: bool = False) ->
     axes = figure.subplots()
     for series in found:
         _curve(axes, series)
+    axes.set_ylim(0, 1.02 if percent else None)
     if percent:
         _percent(axes.yaxis)
-    axes.set_ylim(bottom=0)
     _whole_steps(axes)
     axes.set_xlabel("rollout step")
     axes.set_ylabel(label)
@@ -260,9 +260,10 @@ def _draw_estimate(axes: Axes, measure: dict[str, Any], y: float, colour: str, s
     if accuracy is None:
         return
     if low is not None and high is not None:
-        axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot([low, high], [y, y], color=colour, linestyle="", marker="|", markersize=6)
-    axes.plot([accuracy], [y], color=colour, marker="o", markersize=7, markerfacecolor=colour if solid else SURFACE)
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", clip_on=False)
+        axes.plot([low, high], [y, y], color=colour, linestyle="", marker="|", markersize=6, clip_on=False)
+    fill = colour if solid else SURFACE
+    axes.plot([accuracy], [y], color=colour, marker="o", markersize=7, markerfacecolor=fill, clip_on=False, zorder=3)
     edge = max(accuracy if high is None else high, accuracy)
     left = edge > 0.86
     start = min(accuracy if low is None else low, accuracy) if left else edge

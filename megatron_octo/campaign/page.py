@@ -127,7 +127,7 @@ def _card(show: Facts, name: str, colour: str) -> str:
     lengths = [
         show(f"{path}/response_length/{when}", "length") for when in ("before", "after") if show.has(f"{path}/{when}")
     ]
-    rows.append(("mean answer length, tokens (greedy)", " → ".join(lengths) or show(path + "/before", "text")))
+    rows.append(("mean answer length, tokens (sampled)", " → ".join(lengths) or show(path + "/before", "text")))
     rows.append(("converted model", certificate_badge(show, name)))
     items = "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in rows)
     return f'<div class="card" {coloured(colour)}><h3>{escape(name)}</h3><dl>{items}</dl></div>'
@@ -226,7 +226,7 @@ def _accuracy_table(show: Facts, colours: dict[str, str]) -> str:
             cells += [show(f"{side}/{rate}", "percent", "–") for rate in ("format_rate", "stop_rate") for side in sides]
             rows.append(cells)
     moved = [_problem_by_problem(show, name) for name in colours]
-    wide = ["before RL", "after RL", "answer stated, before", "after", "ended by itself, before", "after"]
+    wide = ["before RL", "after RL", "boxed, before", "after", "stopped, before", "after"]
     return table(["branch", "answers", "problems", *wide], rows) + "".join(moved)
 
 
@@ -245,7 +245,7 @@ def _problem_by_problem(show: Facts, name: str) -> str:
 
 def _length(record: Record, show: Facts) -> str:
     drawn = [
-        _figure(figures.length_figure(show.values), "length", "Before and after RL, greedy", "Mean answer length"),
+        _figure(figures.length_figure(show.values), "length", "Before and after RL, sampled", "Mean answer length"),
         _figure(
             figures.rl_figure(record, "response_length", "mean response length, tokens"),
             "length-rl", "During RL, sampled", "Mean response length by rollout step",
@@ -260,8 +260,8 @@ def _rl(record: Record, show: Facts, colours: dict[str, str]) -> str:
     drawn = [
         _figure(figures.rl_figure(record, "reward", "mean reward"), "reward", "Reward", "Mean reward by rollout step"),
         _figure(
-            figures.rl_figure(record, "truncated", "share of responses", percent=True),
-            "truncated", "Responses cut off at the length limit", "Share of truncated responses by rollout step",
+            figures.rl_figure(record, "format", "share of responses", percent=True),
+            "format", "Responses with a boxed answer", "Share of responses with a boxed answer by rollout step",
         ),
     ]  # fmt: skip
     if not any(drawn):
