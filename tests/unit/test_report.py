@@ -77,7 +77,7 @@ def write_branch(out: Path, name: str) -> None:
         "logits": {"passed": True, "max_abs_difference": 2e-6, "kl": 1e-12, "greedy_match": 1.0},
     }  # fmt: skip
     write(out / "hf" / name / "certificate.json", certificate)
-    rl = [{"step": i, "reward": 0.25 + 0.01 * i, "response_length": 20.0, "truncated": 0.0} for i in range(1, 6)]
+    rl = [{"step": i, "reward": 0.25 + 0.01 * i, "response_length": 20.0, "format": 0.9} for i in range(1, 6)]
     write_lines(out / "rl" / name / "metrics.jsonl", rl)
     write_evaluation(out, f"{name}-base", ["correct"] * 4 + ["wrong"] * 11 + ["no_answer"], 20.0)
     write_evaluation(out, f"{name}-rl", ["wrong"] + ["correct"] * 9 + ["wrong"] * 6, 24.5)
@@ -214,7 +214,7 @@ def test_page_needs_nothing_from_outside(written: tuple[dict[str, Any], str]) ->
 
 def test_page_shows_all_parts(written: tuple[dict[str, Any], str]) -> None:
     page = written[1]
-    assert page.count("<svg") == 8  # training wide and narrow, two accuracies, two lengths, reward, truncation
+    assert page.count("<svg") == 8  # training wide and narrow, two accuracies, two lengths, reward, boxed answers
     assert "certificate valid" in page and "certificate INVALID" in page
     assert "not finished" not in page and "not yet" not in page
     assert "prefers-color-scheme:dark" in page
