@@ -1,6 +1,7 @@
 # Targets:
 #   cpu   the two commands of the README on a bare machine:  docker build --target cpu -t megatron_octo:cpu .
-#           docker run --rm -v "$PWD/runs:/octo/runs" megatron_octo:cpu                the demo
+#           docker run --name demo megatron_octo:cpu && docker cp demo:/octo/runs .    the demo and its report
+#           docker start --attach demo                                                 goes on after an interruption
 #           docker run --rm megatron_octo:cpu bash tools/test.sh                       the tests
 #   gpu   training on NVIDIA GPUs:                            docker build --target gpu -t megatron_octo:gpu .
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
@@ -21,13 +22,15 @@ COPY --chown=octo . .
 CMD ["bash", "tools/demo.sh", "--out", "runs/demo"]
 
 # The base brings torch, CUDA, TransformerEngine and NVIDIA's apex, built for each other; only what it lacks is added,
-# so our torch pin does not apply here. Never built or run by the project's own tests: there is no GPU in CI.
+# so our torch pin does not apply here, and of the base's own pins (PIP_CONSTRAINT) only torch's stays. Never built or
+# run by the project's own tests: there is no GPU in CI.
 FROM ${CUDA_IMAGE} AS gpu
 WORKDIR /octo
 COPY requirements.txt pyproject.toml README.md ./
 RUN grep -v '^torch==' requirements.txt > /tmp/gpu-requirements.txt \
-    && pip install --no-cache-dir -r /tmp/gpu-requirements.txt
+    && python -c "import torch; print('torch==' + torch.__version__)" > /tmp/keep-torch.txt \
+    && PIP_CONSTRAINT=/tmp/keep-torch.txt pip install --no-cache-dir -r /tmp/gpu-requirements.txt
 COPY . .
 RUN pip install --no-cache-dir --no-deps -e . \
-    && python -c "import transformer_engine.pytorch, megatron.core, megatron_octo; from apex.optimizers import FusedAdam"
+    && python -c "import transformer_engine.pytorch, megatron.core, megatron_octo"
 CMD ["bash", "launch/torchrun.sh"]

@@ -14,7 +14,7 @@ if [ "$nodes" -gt 1 ] && { [ -z "${MASTER_ADDR:-}" ] || [ -z "${NODE_RANK:-}" ];
     echo "octo: error: NNODES=$nodes needs MASTER_ADDR (address of node 0) and NODE_RANK (0..$((nodes - 1)))" >&2
     exit 2
 fi
-gpus=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+gpus=${GPUS_PER_NODE:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 [ "$gpus" -gt 0 ] || { echo "octo: error: no GPU found; fix: set GPUS_PER_NODE, or use 'octo train' on a CPU machine" >&2; exit 6; }
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1     # Megatron's overlap of tensor-parallel communication relies on the order of launches

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from megatron_octo import __version__
-from megatron_octo.errors import OctoError
+from megatron_octo.errors import OctoError, machine_problem
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -29,6 +30,8 @@ _apps = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _g
 for _name, _app in _apps.items():
     app.add_typer(_app, name=_name)
 
+_INTERRUPTED = 128 + signal.SIGINT
+
 Out = Annotated[Path | None, typer.Option(help="directory to write")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value overrides")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
@@ -42,7 +45,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command()
-def demo(out: Out = None, seed: Annotated[int, typer.Option(help="seed of world, weights and order")] = 0) -> None:
+def demo(
+    out: Out = None, seed: Annotated[int, typer.Option(min=0, help="seed of world, weights and order")] = 0
+) -> None:
     """Run the whole campaign, tiny, on this machine; ends with OUT/report/index.html.
 
     Example: octo demo --out runs/demo
@@ -103,9 +108,8 @@ def train(
     Example: octo train run.yaml parallel.tensor=2 --until 1M
     """
     from megatron_octo.train.api import train_run
-    from megatron_octo.units import parse_tokens
 
-    train_run(file, overrides or [], None if until is None else parse_tokens(until))
+    train_run(file, overrides or [], None if until is None else _tokens(until))
 
 
 @_apps["branch"].command("show")
@@ -266,6 +270,15 @@ def eval_grade(file: Path, as_json: AsJson = False) -> None:
     _print(grade_file(file), as_json)
 
 
+def _tokens(text: str) -> int:
+    from megatron_octo.units import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--until") from None
+
+
 def _finish(out: Path) -> None:
     typer.echo(f"report: {out / 'report' / 'index.html'}")
 
@@ -286,17 +299,29 @@ def _end_on_sigterm(number: int, frame: Any) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _fail(error: OctoError) -> NoReturn:
+    print(f"octo: error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Entry point: an `OctoError` is one line on stderr and its exit code."""
     signal.signal(signal.SIGTERM, _end_on_sigterm)
+    # megatron-core warns of packages a machine without CUDA never has, torch of its own older interfaces.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         app()
     except OctoError as error:
-        print(f"octo: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("octo: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        _fail(error)
+    except OSError as error:
+        problem = machine_problem(error)
+        if problem is None:
+            raise
+        _fail(problem)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer ends with it on Ctrl-C, and says nothing
+            print("octo: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,12 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_A_FILE = {errno.ENOTDIR, errno.EEXIST}
+
 
 class OctoError(Exception):
     """A mistake or a condition the user can act on.
@@ -65,3 +71,31 @@ class StageFailed(OctoError):
     """A stage of a campaign, or a rank of a run, ended with an error of its own."""
 
     exit_code = 7
+
+
+def machine_problem(error: OSError) -> EnvironmentProblem | None:
+    """What a failed file operation means to the user; None where it is not theirs to mend.
+
+    Args:
+        error: as the system raised it, from any depth of a command.
+    """
+    place = f"{error.filename}: " if error.filename else ""
+    reason = (error.strerror or str(error)).lower()
+    if error.errno in _FULL:
+        return no_space(error.filename)
+    if error.errno in _FORBIDDEN:
+        return EnvironmentProblem(f"{place}{reason}", fix="choose a place this user may read and write")
+    if error.errno in _A_FILE:
+        return EnvironmentProblem(f"{place}a file stands where a directory is needed", fix="name another place")
+    if error.errno == errno.EISDIR:
+        return EnvironmentProblem(f"{place}is a directory, and a file is needed", fix="name another place")
+    return None
+
+
+def no_space(place: object = None) -> EnvironmentProblem:
+    """A full disk; `place` is a path on it where one is known."""
+    return EnvironmentProblem(
+        f"{place}: no space left on the disk" if place else "no space left on the disk",
+        "what was finished before is untouched",
+        "free some, then run the same command again",
+    )

@@ -21,13 +21,14 @@ class Progress:
 
     Args:
         label: what is being done, in a word or two.
-        total: amount of work in all, in `unit`.
+        total: amount of work in all, in `unit`; None where nobody knows.
         unit: what is counted, e.g. "tokens", "problems".
         done: amount done before this process started (a resumed run).
     """
 
-    def __init__(self, label: str, total: float, unit: str = "tokens", done: float = 0) -> None:
+    def __init__(self, label: str, total: float | None, unit: str = "tokens", done: float = 0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
+        self._before, self._began = done, time.time()  # an estimate counts what this process did, not what it found
         self._file = os.environ.get(PROGRESS_VARIABLE)
         self._bar: Any = None
         self._last_write = 0.0
@@ -65,9 +66,10 @@ class Progress:
             return
         self._last_write = now
         state = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit}
+        state |= {"before": self._before, "began": self._began, "time": now}
         path = Path(self._file)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**state, "facts": self._facts, "time": now}), encoding="utf-8")
+        temporary.write_text(json.dumps({**state, "facts": self._facts}), encoding="utf-8")
         temporary.replace(path)
 
 

@@ -34,6 +34,9 @@ octo_install() {
     command -v g++ >/dev/null || octo_fail "g++ is missing; fix: install it (Debian: apt-get install g++)"
     began=$SECONDS
     echo "octo: making $octo_venv with $("$python" --version); a few minutes, once" >&2
+    if [ -e "$octo_venv" ] && [ ! -e "$octo_venv/pyvenv.cfg" ] && [ -n "$(ls -A "$octo_venv")" ]; then
+        octo_fail "$octo_venv holds something that is not a virtual environment; fix: set OCTO_VENV to a new directory"
+    fi
     rm -rf "$octo_venv"
     "$python" -m venv "$octo_venv" || octo_fail "$python cannot make a virtual environment; fix: install its venv module (Debian: apt-get install python3-venv)"
     "$octo_venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$octo_root/requirements.txt"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 from megatron_octo.campaign.engine import Engine
-from megatron_octo.campaign.machine import record_machine
-from megatron_octo.campaign.stages import Stage, expand
+from megatron_octo.campaign.machine import gpus, record_machine
+from megatron_octo.campaign.stages import Stage, expand, write_settings
 from megatron_octo.campaign.state import StageState, exclusive, read_state, settle_config
 from megatron_octo.config.campaign import CampaignConfig
 from megatron_octo.config.load import load_config
 from megatron_octo.errors import ConfigError
+from megatron_octo.files import is_held
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 """The run and campaign files that come with the package."""
@@ -34,18 +34,29 @@ def run_campaign(path: Path, out: Path | None = None, overrides: list[str] | Non
     """
     config = load_config(CampaignConfig, find_recipe(path), overrides)
     out = (out or Path("runs") / config.name).resolve()
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
+    stages = expand(config, out, cores)
     with exclusive(out):
         settle_config(out, config)
+        write_settings(stages)
         record_machine(out)
-        Engine(out, expand(config, out, cores), cores).run()
+        Engine(out, stages, cores).run()
     return out
 
 
 def find_recipe(path: Path) -> Path:
-    """The file itself, or the packaged recipe of that name."""
+    """The file itself, or the packaged recipe of that name.
+
+    Raises:
+        ConfigError: neither is there; the message lists the packaged ones.
+    """
+    if path.exists():
+        return path
     packaged = RECIPES / Path(*[part for part in path.parts if part != "recipes"])
-    return packaged if not path.exists() and not path.is_absolute() and packaged.exists() else path
+    if not path.is_absolute() and packaged.is_file():
+        return packaged
+    known = ", ".join(f"recipes/campaigns/{recipe.name}" for recipe in sorted((RECIPES / "campaigns").glob("*.yaml")))
+    raise ConfigError(f"{path}: no such file", f"campaigns that come with the package: {known}", "check the path")
 
 
 def campaign_stages(out: Path) -> list[tuple[Stage, StageState]]:
@@ -57,9 +68,9 @@ def campaign_stages(out: Path) -> list[tuple[Stage, StageState]]:
     if not (out / "campaign.yaml").exists():
         raise ConfigError(f"{out}: not a campaign directory", "it has no campaign.yaml", "name the --out of a campaign")
     config = load_config(CampaignConfig, out / "campaign.yaml")
-    alive = _is_running(out)
+    alive = is_held(out)
     found = []
-    for stage in expand(config, out.resolve(), len(os.sched_getaffinity(0))):
+    for stage in expand(config, out.resolve(), _cores()):
         state = read_state(out, stage.name)
         if state.status == "running" and not alive:
             state.status = "waiting"
@@ -67,10 +78,6 @@ def campaign_stages(out: Path) -> list[tuple[Stage, StageState]]:
     return found
 
 
-def _is_running(out: Path) -> bool:
-    with (out / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+def _cores() -> int:
+    """How many cores stages may share; 1 where there are GPUs: each stage counts them from 0, so they take turns."""
+    return 1 if gpus() else len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ from megatron_octo.campaign.stages import Stage
 from megatron_octo.campaign.state import StageState, read_state, write_state
 from megatron_octo.errors import StageFailed
 from megatron_octo.progress import PROGRESS_VARIABLE
-from megatron_octo.runtime.launch import die_with_parent
+from megatron_octo.runtime.launch import ERROR_PREFIX, die_with_parent
 
 OCTO = (sys.executable, "-m", "megatron_octo.cli")
 """The command a stage's arguments are given to."""
@@ -33,6 +33,7 @@ class Running:
     process: subprocess.Popen[bytes]
     state: StageState
     seconds_before: float
+    log_start: int
 
 
 class Engine:
@@ -47,7 +48,7 @@ class Engine:
 
     def __init__(self, out: Path, stages: list[Stage], cores: int, command: tuple[str, ...] = OCTO) -> None:
         self.out, self.stages, self.cores, self.command = out, stages, cores, command
-        self.done = {stage.name for stage in stages if read_state(out, stage.name).status == "done"}
+        self.done = {stage.name for stage in stages if stage.is_there and read_state(out, stage.name).status == "done"}
         self.running: dict[str, Running] = {}
         self.display = Display(out, stages)
 
@@ -86,6 +87,7 @@ class Engine:
         progress = self.out / "progress" / f"{stage.name}.json"
         progress.unlink(missing_ok=True)
         with (self.out / "logs" / f"{stage.name}.log").open("ab") as log:
+            log_start = log.tell()
             process = subprocess.Popen(
                 [*self.command, *stage.arguments],
                 stdin=subprocess.DEVNULL,
@@ -95,7 +97,7 @@ class Engine:
                 preexec_fn=die_with_parent(),
                 start_new_session=True,
             )
-        self.running[stage.name] = Running(stage, process, state, before)
+        self.running[stage.name] = Running(stage, process, state, before, log_start)
 
     def _collect(self) -> None:
         for name, run in list(self.running.items()):
@@ -105,7 +107,7 @@ class Engine:
             del self.running[name]
             self._record(run, "done" if code == 0 else "failed")
             if code != 0:
-                raise self._failure(run.stage, code)
+                raise self._failure(run, code)
             self.done.add(name)
 
     def _record(self, run: Running, status: str) -> None:
@@ -114,13 +116,18 @@ class Engine:
         run.state.status = status
         write_state(self.out, run.state)
 
-    def _failure(self, stage: Stage, code: int) -> StageFailed:
-        log = self.out / "logs" / f"{stage.name}.log"
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        clear = [line.removeprefix("octo: error: ") for line in lines if line.startswith("octo: error: ")]
+    def _failure(self, run: Running, code: int) -> StageFailed:
+        log = self.out / "logs" / f"{run.stage.name}.log"
+        with log.open("rb") as file:
+            file.seek(run.log_start)  # what earlier attempts said is not the cause of this one's end
+            text = file.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        clear = [line.removeprefix(ERROR_PREFIX).strip() for line in lines if line.startswith(ERROR_PREFIX)]
         ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         cause = clear[-1] if clear else f"{ending}: {lines[-1] if lines else 'it wrote nothing'}"
-        failure = StageFailed(f"stage '{stage.name}': {cause}", f"log: {log}", "mend it and run the same command again")
+        failure = StageFailed(
+            f"stage '{run.stage.name}': {cause}", f"log: {log}", "mend it and run the same command again"
+        )
         failure.exit_code = code if clear and code > 0 else failure.exit_code
         return failure
 
@@ -135,7 +142,7 @@ class Engine:
             except subprocess.TimeoutExpired:
                 _signal_group(run.process, signal.SIGKILL)
                 run.process.wait()
-            self._record(run, "waiting")
+            self._record(run, "done" if run.process.returncode == 0 else "waiting")
         self.running.clear()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.campaign.stages import Stage
-from megatron_octo.campaign.state import StageState, read_progress, read_state
+from megatron_octo.campaign.state import read_progress, read_state
 from megatron_octo.units import format_duration, format_tokens
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -54,7 +54,7 @@ class Display:
         if time.time() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.time()
             for name in sorted(running):
-                self._say(f"{name}: {_describe(read_progress(self.out, name), read_state(self.out, name))}")
+                self._say(f"{name}: {_describe(read_progress(self.out, name))}")
 
     def _announce(self) -> None:
         for stage in self.stages:
@@ -79,23 +79,25 @@ def status_table(out: Path, stages: list[Stage]) -> Any:
         state = read_state(out, stage.name)
         running = state.status == "running"
         seconds = state.seconds + (time.time() - state.started if running else 0)
-        progress = _describe(read_progress(out, stage.name), state) if running else ""
+        progress = _describe(read_progress(out, stage.name)) if running else ""
         table.add_row(
             stage.name, _MARKS[state.status], format_duration(seconds) if seconds else "", progress or stage.title
         )
     return table
 
 
-def _describe(progress: dict[str, Any], state: StageState) -> str:
+def _describe(progress: dict[str, Any]) -> str:
     if not progress:
         return "starting"
-    done, total, unit = progress["done"], progress["total"] or 1, progress["unit"]
-    parts = [progress["label"], f"{done / total:4.0%}", f"{_amount(done, unit)} of {_amount(total, unit)} {unit}"]
+    done, total, unit = progress["done"], progress["total"], progress["unit"]
+    parts = [progress["label"], f"{_amount(done, unit)} {unit}"]
+    if total:
+        parts[1:] = [f"{done / total:4.0%}", f"{_amount(done, unit)} of {_amount(total, unit)} {unit}"]
     for name, value in progress["facts"].items():
         parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    spent = progress["time"] - state.started
-    if 0 < done < total and spent > 0:
-        parts.append(f"eta {format_duration(spent * (total - done) / done)}")
+    here, spent = done - progress["before"], progress["time"] - progress["began"]
+    if total and done < total and here > 0 and spent > 0:
+        parts.append(f"eta {format_duration(spent * (total - done) / here)}")
     return "  ".join(parts)
 
 

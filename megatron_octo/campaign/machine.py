@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib import metadata
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_octo
-from megatron_octo.campaign.state import write_atomically
+from megatron_octo.files import write_json
 
 MACHINE_FILE = "machine.json"
 """File of a campaign directory that holds `describe_machine()`."""
@@ -28,7 +27,7 @@ def record_machine(out: Path) -> dict[str, Any]:
         What was written.
     """
     machine = describe_machine()
-    write_atomically(out / MACHINE_FILE, json.dumps(machine, indent=2, sort_keys=True) + "\n")
+    write_json(out / MACHINE_FILE, machine)
     return machine
 
 
@@ -42,7 +41,7 @@ def describe_machine() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_bytes": _memory_bytes(),
-            "gpus": _gpus(),
+            "gpus": gpus(),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": _versions(),
@@ -76,7 +75,7 @@ def _memory_bytes() -> int | None:
     return min(known) if known else None
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Model names as the NVIDIA driver states them; needs no CUDA library."""
     names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-_NOT_BRANCHES = {"data", "stable", "start", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}
+from megatron_octo.config.campaign import DIRECTORIES
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Reader:
             return []
         rows: dict[float, dict[str, Any]] = {}
         damaged = 0
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             row = _parse_object(line)
             at = number(row.get(key))
             if at is None:
@@ -168,7 +168,7 @@ class _Reader:
         if isinstance(config.get("branches"), dict):
             return [str(name) for name in config["branches"]]
         runs = {path.parent.name for path in self.out.glob("*/metrics.jsonl")}
-        return sorted(runs - _NOT_BRANCHES)
+        return sorted(runs - DIRECTORIES)
 
     def run(self, name: str) -> Run:
         seals = sorted(self.out.glob(f"{name}/checkpoints/step_*/seal.json"))
@@ -187,7 +187,7 @@ class _Reader:
         if evaluation is None:
             return []
         if path.is_file():
-            rows = [_parse_object(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+            rows = [_parse_object(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
         else:
             quoted = evaluation.get("samples")
             rows = [row for row in quoted if isinstance(row, dict)] if isinstance(quoted, list) else []

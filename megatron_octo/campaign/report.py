@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_octo.campaign.facts import build_facts
 from megatron_octo.campaign.record import read_record
-from megatron_octo.campaign.state import write_atomically
 from megatron_octo.errors import DataError
+from megatron_octo.files import write_bytes, write_text
 
 
 def write_report(out: Path) -> dict[str, Any]:
@@ -23,15 +22,15 @@ def write_report(out: Path) -> dict[str, Any]:
         The content of `report/report.json`.
 
     Raises:
-        DataError: `out` is not a directory.
+        DataError: `out` is not a campaign directory.
     """
     from megatron_octo.campaign.page import render_page
 
     record = read_record(_directory(out))
     facts = build_facts(record)
     page = render_page(record, facts)
-    write_atomically(out / "report" / "report.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
-    write_atomically(out / "report" / "index.html", page)
+    write_text(out / "report" / "report.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    write_text(out / "report" / "index.html", page)
     return facts
 
 
@@ -46,20 +45,16 @@ def picture(out: Path, path: Path) -> Path:
         `path`.
 
     Raises:
-        DataError: `out` is not a directory.
+        DataError: `out` is not a campaign directory.
     """
     from megatron_octo.campaign.figures import overview_figure, to_png
 
     record = read_record(_directory(out))
-    data = to_png(overview_figure(record, build_facts(record)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    write_bytes(path, to_png(overview_figure(record, build_facts(record))))
     return path
 
 
 def _directory(out: Path) -> Path:
-    if not out.is_dir():
-        raise DataError(f"{out}: no such campaign directory", fix="name the --out of a campaign")
+    if not (out / "campaign.yaml").exists():  # its content may be damaged: the report says so
+        raise DataError(f"{out}: not a campaign directory", "it has no campaign.yaml", "name the --out of a campaign")
     return out

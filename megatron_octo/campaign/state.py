@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import IO, Any
 
 from megatron_octo.config.base import Strict
-from megatron_octo.config.load import differences
+from megatron_octo.config.load import differences, dump_config, load_config
 from megatron_octo.errors import ConfigError, EnvironmentProblem
+from megatron_octo.files import hold, read_json, write_json
+
+_LOCK_PATIENCE = 1.0  # seconds: somebody may just be asking whether the campaign runs
 
 
 @dataclass
@@ -38,47 +34,34 @@ class StageState:
 
 
 def read_state(out: Path, stage: str) -> StageState:
-    """Read a stage's state; a stage never started is 'waiting'."""
-    path = out / "state" / f"{stage}.json"
-    return StageState(**json.loads(path.read_text())) if path.exists() else StageState(stage)
+    """Read a stage's state; one never started, or whose file is damaged, is 'waiting': it redoes nothing it did."""
+    found = read_json(out / "state" / f"{stage}.json")
+    try:
+        return StageState(**found)
+    except TypeError:  # no mapping, or one with other keys
+        return StageState(stage)
 
 
 def write_state(out: Path, state: StageState) -> None:
     """Replace a stage's state file in one step."""
-    write_atomically(out / "state" / f"{state.stage}.json", json.dumps(asdict(state)))
+    write_json(out / "state" / f"{state.stage}.json", asdict(state))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Hold a campaign directory; the kernel lets go when the process dies, however it dies.
+def exclusive(out: Path) -> IO[str]:
+    """Claim a campaign directory while the returned context is open.
 
     Raises:
         EnvironmentProblem: another process holds it, or it cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        return hold(out, _LOCK_PATIENCE)
+    except BlockingIOError as error:
+        raise EnvironmentProblem(
+            f"{out}: another process is running this campaign (process {error.strerror})",
+            fix="wait for it, or choose another --out",
+        ) from None
     except OSError as error:
         raise EnvironmentProblem(f"{out}: cannot be written ({error.strerror})", fix="choose another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EnvironmentProblem(
-                f"{out}: another process is running this campaign", fix="wait for it, or choose another --out"
-            ) from None
-        yield
 
 
 def settle_config(out: Path, config: Strict) -> None:
@@ -87,11 +70,12 @@ def settle_config(out: Path, config: Strict) -> None:
     Raises:
         ConfigError: the directory belongs to a campaign with other settings; the fields are named.
     """
-    path, new = out / "campaign.yaml", config.model_dump(mode="json")
+    path = out / "campaign.yaml"
     if not path.exists():
-        write_atomically(path, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+        dump_config(config, path)
         return
-    changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), new)
+    before = load_config(type(config), path)  # so that a field which is younger than the file has its default
+    changed = differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
         raise ConfigError(
             f"{out} holds a campaign with other settings: {'; '.join(changed[:5])}",
@@ -102,7 +86,4 @@ def settle_config(out: Path, config: Strict) -> None:
 
 def read_progress(out: Path, stage: str) -> dict[str, Any]:
     """The last progress a running stage wrote; empty when it has written none."""
-    try:
-        return json.loads((out / "progress" / f"{stage}.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_json(out / "progress" / f"{stage}.json") or {}

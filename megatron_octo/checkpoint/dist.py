@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_octo.checkpoint.seal import seal
 from megatron_octo.checkpoint.store import write_facts
 from megatron_octo.errors import CheckpointError
+from megatron_octo.files import flush_to_disk
 
 METADATA = ".metadata"
 _OPTIMIZER = "optimizer."
@@ -106,18 +109,36 @@ def write_model(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], fa
 
     Raises:
         CheckpointError: the directory exists.
+        OSError: a file could not be written, for example because the disk is full.
     """
     if directory.exists():
         raise CheckpointError(f"{directory}: exists", "a checkpoint is never overwritten", "choose another path")
     temporary = directory.with_name(f".tmp-{directory.name}")
     _empty(temporary)
-    writer = torch_checkpoint.FileSystemWriter(str(temporary))
-    torch_checkpoint.save(dict(tensors), storage_writer=writer, no_dist=True)
-    torch.save({}, temporary / "common.pt")
-    (temporary / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-    write_facts(temporary, {"step": 0, "run_tokens": 0, "tokens": 0, **facts, "moments": False})
-    seal(temporary)
-    temporary.rename(directory)
+    try:
+        writer = torch_checkpoint.FileSystemWriter(str(temporary))
+        torch_checkpoint.save(dict(tensors), storage_writer=writer, no_dist=True)
+        torch.save({}, temporary / "common.pt")
+        (temporary / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+        write_facts(temporary, {"step": 0, "run_tokens": 0, "tokens": 0, **facts, "moments": False})
+        seal(temporary)
+        temporary.rename(directory)
+    except CheckpointException as error:
+        raise cause_of(error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_to_disk(directory.parent)
+
+
+def cause_of(error: CheckpointException) -> BaseException:
+    """The first failing rank's own error, so that a full disk is seen as one; else the error itself."""
+    for failure, _ in error.failures.values():
+        found: BaseException | None = failure
+        while found is not None:
+            if isinstance(found, OSError):
+                return found
+            found = found.__cause__ or found.__context__
+    return error
 
 
 def check_metadata_pickle(directory: Path) -> None:
@@ -167,7 +188,5 @@ def _metadata(directory: Path) -> Metadata:
 
 
 def _empty(directory: Path) -> None:
-    import shutil
-
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

@@ -40,15 +40,16 @@ def save_checkpoint(
         The published directory.
 
     Raises:
-        EnvironmentProblem: the disk is full; the last checkpoint is untouched and nothing half-written stays.
+        EnvironmentProblem: the disk is full or cannot be written; the last checkpoint is untouched and nothing
+            half-written stays.
     """
-    temporary = on_rank_zero(lambda: _prepare(run_dir, facts["step"], expected_bytes))
     try:
+        temporary = on_rank_zero(lambda: _prepare(run_dir, facts["step"], expected_bytes))
         save_state(temporary, chunks, optimizer)
         return on_rank_zero(lambda: _complete(temporary, run_dir, facts, keep))
     except OSError as error:
         if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            store.remove_leftovers(run_dir)
         raise _explain(error, run_dir, expected_bytes) from error
 
 

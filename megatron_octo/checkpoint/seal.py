@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.errors import CheckpointError
+from megatron_octo.files import hash_file, write_text
 
 SEAL = "seal.json"
 _FORMAT = 1
@@ -29,7 +30,7 @@ def seal(directory: Path) -> None:
     files = _files(directory)
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = dict(zip(files, pool.map(lambda name: _entry(directory / name, durable=True), files), strict=True))
-    write_durably(directory / SEAL, json.dumps({"format": _FORMAT, "files": entries}, indent=1) + "\n")
+    write_text(directory / SEAL, json.dumps({"format": _FORMAT, "files": entries}, indent=1) + "\n")
 
 
 def verify_seal(directory: Path) -> None:
@@ -59,27 +60,7 @@ def verify_seal(directory: Path) -> None:
 
 def seal_digest(directory: Path) -> str:
     """SHA-256 of the seal itself: one name for the whole content of a checkpoint."""
-    return hashlib.sha256((directory / SEAL).read_bytes()).hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file atomically; when this returns, it survives a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names inside a directory durable: a rename is not, until its directory is synchronised."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return hash_file(directory / SEAL)
 
 
 def _files(directory: Path) -> list[str]:

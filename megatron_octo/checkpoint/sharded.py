@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_octo.checkpoint.dist import stored_names
+from megatron_octo.checkpoint.dist import cause_of, stored_names
 from megatron_octo.checkpoint.writer import InProcessWriter
 from megatron_octo.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def save_state(directory: Path, chunks: Chunks, optimizer: Any) -> None:
     try:
         dist_checkpointing.save(_describe(chunks, optimizer), str(directory), writer)
     except CheckpointException as error:
-        raise _cause(error) from error
+        raise cause_of(error) from error
 
 
 def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool) -> None:
@@ -134,17 +134,6 @@ def _data_ranks() -> int:
 
 def _data_rank() -> int:
     return torch.distributed.get_rank(_data_group())
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """The first failing rank's own error, so that a full disk is seen as one."""
-    for failure, _ in error.failures.values():
-        found: BaseException | None = failure
-        while found is not None:
-            if isinstance(found, OSError):
-                return found
-            found = found.__cause__ or found.__context__
-    return error
 
 
 def _does_not_fit(directory: Path, error: BaseException) -> CheckpointError:

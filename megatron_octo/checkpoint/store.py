@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.checkpoint.seal import SEAL, seal, sync_directory, write_durably
+from megatron_octo.checkpoint.seal import SEAL, seal
 from megatron_octo.errors import CheckpointError
+from megatron_octo.files import flush_to_disk, write_text
 
 CHECKPOINTS = "checkpoints"
 POINTER = "latest"
@@ -141,14 +142,14 @@ def publish(temporary: Path, run_dir: Path, step: int) -> Path:
     final = temporary.with_name(step_name(step))
     retire(final)
     temporary.rename(final)
-    sync_directory(final.parent)
+    flush_to_disk(final.parent)
     point_at(run_dir, final.name)
     return final
 
 
 def point_at(run_dir: Path, name: str) -> None:
     """Let `latest` name a checkpoint, atomically and durably."""
-    write_durably(run_dir / POINTER, name + "\n")
+    write_text(run_dir / POINTER, name + "\n")
 
 
 def retire(checkpoint: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_octo.config.base import Strict
+from megatron_octo.config.base import Seed, Strict
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.run import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_octo.units import Tokens
 
-_DIRECTORIES = {"data", "start", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}
+DIRECTORIES = {"data", "start", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}
+"""What a campaign directory holds besides its branches."""
+
+_STAGES = {"convert", "evaluate-base", "evaluate-rl"}
+_BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 class Leg(Strict):
@@ -84,7 +89,7 @@ class CampaignConfig(Strict):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    seed: int = 0
+    seed: Seed = 0
     data: DataBuildConfig
     model: ModelConfig
     start: CampaignStart | None = None
@@ -97,9 +102,19 @@ class CampaignConfig(Strict):
 
     @model_validator(mode="after")
     def _branch_names(self) -> CampaignConfig:
-        taken = sorted(_DIRECTORIES & set(self.branches))
-        if taken:
-            raise ValueError(f"a branch cannot be called {taken[0]!r}: the campaign directory uses that name")
+        for name in self.branches:
+            if name in DIRECTORIES | _STAGES or re.fullmatch(r"stable-\d+", name):
+                raise ValueError(f"a branch cannot be called {name!r}: the campaign itself uses that name")
+            if not _BRANCH.fullmatch(name):
+                raise ValueError(f"a branch cannot be called {name!r}: its name is of letters, digits, '_' and '-'")
+        return self
+
+    @model_validator(mode="after")
+    def _problems_are_there(self) -> CampaignConfig:
+        if self.data.problems.heldout is None:
+            raise ValueError("data.problems.heldout is missing: the branches are evaluated on it")
+        if self.rl is not None and self.data.problems.train is None:
+            raise ValueError("data.problems.train is missing: RL draws its prompts from it")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_octo.config.run import ModelConfig, ParallelConfig, RunConfig
+from megatron_octo.config.run import VOCABULARY_MULTIPLE, ModelConfig, ParallelConfig, RunConfig
 from megatron_octo.errors import ConfigError
 
 
@@ -31,6 +31,12 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
                 "each tensor-parallel rank holds an equal share",
                 f"choose parallel.tensor among {_divisors(size)}",
             )
+    if VOCABULARY_MULTIPLE % tensor:
+        raise ConfigError(
+            f"parallel.tensor = {tensor} does not divide {VOCABULARY_MULTIPLE}",
+            f"the embedding is padded to a multiple of {VOCABULARY_MULTIPLE} rows, and each rank holds an equal share",
+            f"choose parallel.tensor among {_divisors(VOCABULARY_MULTIPLE)}",
+        )
     chunks = pipeline * (parallel.virtual_pipeline or 1)
     if model.layers % chunks:
         raise ConfigError(

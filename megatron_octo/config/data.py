@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_octo.config.base import Strict
+from megatron_octo.config.base import Seed, Strict
 from megatron_octo.errors import ConfigError
 from megatron_octo.units import Tokens
 
@@ -138,7 +138,7 @@ class Problems(Strict):
 class DataBuildConfig(Strict):
     """Everything one data directory follows from."""
 
-    seed: int = 0
+    seed: Seed = 0
     tokenizer: TokenizerConfig
     world: WorldSource = WorldSource()
     corpora: dict[str, Corpus] = {}

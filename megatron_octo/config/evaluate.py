@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_octo.config.base import Strict
+from megatron_octo.config.base import Seed, Strict
 
 _LABEL = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")
 
@@ -31,7 +31,7 @@ class EvaluateConfig(Strict):
     batch_size: int = Field(default=128, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0, description="CPU threads; by default torch decides")
-    seed: int = 0
+    seed: Seed = 0
     out: Path = Field(description="directory of the results")
 
     def tokens_for(self, label: str) -> int:

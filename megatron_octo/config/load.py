@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_octo.errors import ConfigError
+from megatron_octo.files import write_text
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -45,20 +46,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, following `base:` to the files it builds on.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or not a mapping.
+        ConfigError: the file is missing, not YAML, not a mapping, or builds on itself.
     """
+    return _read_chain(path, ())
+
+
+def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    values = _read_mapping(path)
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r}", "it names one YAML file, relative to this one", "give its path")
+    chain = (*above, path.resolve())
+    under = path.parent / base
+    if under.resolve() in chain:
+        raise ConfigError(f"{path}: base = {base!r} builds on itself", fix="end the circle: remove one 'base'")
+    return merge(_read_chain(under, chain), values)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", fix="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})", fix="name a readable YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that is none
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}", "a configuration file is a mapping of keys")
-    base = values.pop("base", None)
-    return values if base is None else merge(read_yaml(path.parent / base), values)
+        holds = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise ConfigError(f"{path}: {holds}", "a configuration file is a mapping of keys", "write 'key: value' lines")
+    return values
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +101,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             raise ConfigError(f"override {override!r} has no '='", fix="write key.subkey=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -91,10 +110,13 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 
 
 def dump_config(config: BaseModel, path: Path) -> None:
-    """Write a resolved configuration as YAML that `load_config` reads back to an equal object."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    """Write, in one step, a resolved configuration as YAML that `load_config` reads back to an equal object."""
+    write_yaml(path, config.model_dump(mode="json"))
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as YAML in one step, keys in their order."""
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -110,7 +132,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
     problems = error.errors(include_url=False)
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    field = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _keys_at(kind, first["loc"][:-1]), n=1, cutoff=0.4)
         fix = f"did you mean '{near[0]}'?" if near else "remove it"
@@ -118,6 +140,8 @@ def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> Confi
     if first["type"] == "missing":
         return ConfigError(f"{where}: key '{field}' is missing", fix="add it")
     message = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return ConfigError(f"{where}: {message}")
     value = "" if isinstance(first["input"], (dict, list)) else f" = {first['input']!r}"
     return ConfigError(f"{where}: {field}{value}", message)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_octo.config.base import Strict
+from megatron_octo.config.base import Seed, Strict
 from megatron_octo.config.load import apply_overrides, merge, parse_config
 from megatron_octo.errors import ConfigError
 
@@ -98,14 +98,13 @@ class RLConfig(Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     actor: ActorConfig = ActorConfig()
     critic: CriticConfig = CriticConfig()
-    schedule: Literal["constant"] = "constant"
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the optimizer steps")
     gamma: float = Field(default=1.0, gt=0, le=1)
     lambd: float = Field(default=1.0, ge=0, le=1)
     kl: float = Field(default=0.0, ge=0, description="KL coefficient; 0 loads no reference model")
     checkpoint_rollouts: int = Field(default=10, gt=0, description="rollouts between checkpoints")
     dtype: Literal["bf16", "fp16"] = Field(default="bf16", description="of a cluster; the CPU twin computes in fp32")
-    seed: int = 0
+    seed: Seed = 0
     placement: PlacementConfig = PlacementConfig()
 
     @property

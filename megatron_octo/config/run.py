@@ -7,8 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_octo.config.base import Strict
+from megatron_octo.config.base import Seed, Strict
 from megatron_octo.units import Tokens
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the embedding are padded to a multiple of it, in every layout: tensor parallelism must divide it."""
 
 
 class RopeScaling(Strict):
@@ -103,7 +106,7 @@ class DataConfig(Strict):
     tokenizer: Path = Field(description="tokenizer directory in Hugging Face form")
     mixture: dict[str, Source] = Field(min_length=1)
     sequence_length: int = Field(gt=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BatchConfig(Strict):
@@ -172,7 +175,7 @@ class RunConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     out: Path = Field(description="run directory")
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     dtype: Literal["fp32", "bf16"] = "bf16"

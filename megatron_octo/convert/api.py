@@ -46,7 +46,8 @@ def to_hf(
     Args:
         checkpoint: a sealed checkpoint, or a run directory for its latest one.
         out: directory to create. One that already is the complete conversion of this checkpoint is kept.
-        tokenizer: tokenizer directory; the one the run was trained with if not given.
+        tokenizer: tokenizer directory; the one the run was trained with if not given. As long as that one is there,
+            another must give texts the same ids and end them with the same token.
         dtype: "source", "fp32" or "bf16".
         shard_bytes: largest safetensors file.
 
@@ -166,7 +167,7 @@ def _tokenizer(origin: Origin, given: Path | None) -> Path:
     if given is None and origin.tokenizer is None:
         raise ConfigError(
             f"{origin.checkpoint}: no tokenizer is known for it",
-            "the exported model's end-of-text token must be that of its training", "name the tokenizer directory",
+            "the exported model's end-of-text token must be that of its training", "name it: --tokenizer DIR",
         )  # fmt: skip
     return given or origin.tokenizer  # type: ignore[return-value] - one of the two is set
 
@@ -178,11 +179,10 @@ def _kept(out: Path, origin: Origin, tokenizer: Path, dtype: str | None) -> dict
     except CertificateError:
         return None
     wanted = dtype or certificate["dtype"]["checkpoint"]
-    ours, theirs = file_digests(out), file_digests(tokenizer)
     same = (
         certificate["lineage"]["seal"] == seal_digest(origin.checkpoint)
         and certificate["dtype"]["export"] == wanted
-        and all(ours.get(name) == theirs.get(name) for name in hf_io.TOKENIZER_FILES)
+        and not hf_io.different_files(out, tokenizer, hf_io.TOKENIZER_FILES)
     )
     return certificate if same else None
 

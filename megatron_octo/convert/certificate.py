@@ -7,8 +7,6 @@ gate before RL: it reads hashes and the verdict only.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,13 +18,14 @@ from megatron_octo.config.run import ModelConfig
 from megatron_octo.convert import checks
 from megatron_octo.convert.forward import megatron_outputs, probe_lengths, probe_prompts, transformers_outputs
 from megatron_octo.convert.megatron_io import CheckpointTensors, Origin
-from megatron_octo.convert.safetensors_io import read_json, write_json
+from megatron_octo.convert.safetensors_io import read_json
 from megatron_octo.errors import CertificateError, DataError
+from megatron_octo.files import hash_file, hash_json, write_json
 
 CERTIFICATE_FILE = "certificate.json"
 FORMAT = 1
 CHECKS = (
-    "config", "coverage", "round_trip", "vocabulary", "tied_head", "end_of_text", "rope", "logits",
+    "config", "coverage", "round_trip", "vocabulary", "tokenizer", "tied_head", "end_of_text", "rope", "logits",
 )  # fmt: skip
 """The checks of a certificate, in the order they are made; each has `passed`."""
 
@@ -52,6 +51,7 @@ def certify(origin: Origin, directory: Path, dtype: str | None) -> dict[str, Any
         "coverage": checks.attempt(partial(checks.check_coverage, directory, model)),
         "round_trip": checks.attempt(partial(checks.check_round_trip, directory, model, weights)),
         "vocabulary": checks.attempt(partial(checks.check_vocabulary, directory, model, weights)),
+        "tokenizer": checks.attempt(partial(checks.check_tokenizer, directory, origin.tokenizer)),
         "tied_head": checks.attempt(partial(checks.check_tied_head, directory, model)),
         "end_of_text": checks.attempt(partial(checks.check_end_of_text, directory)),
     }
@@ -69,7 +69,7 @@ def certify(origin: Origin, directory: Path, dtype: str | None) -> dict[str, Any
         "versions": versions(),
         "files": file_digests(directory),
     }
-    return {**content, "self_sha256": _self_hash(content)}
+    return {**content, "self_sha256": hash_json(content)}
 
 
 def explain(results: dict[str, Any]) -> list[str]:
@@ -148,9 +148,8 @@ def file_digests(directory: Path) -> dict[str, dict[str, Any]]:
     digests = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path != directory / CERTIFICATE_FILE:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[path.relative_to(directory).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+            facts = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+            digests[path.relative_to(directory).as_posix()] = facts
     return digests
 
 
@@ -201,7 +200,7 @@ def _read(model_dir: Path) -> dict[str, Any]:
     except DataError as error:
         raise CertificateError(error.what, "a certificate is JSON", fix) from None
     claimed = content.pop("self_sha256", None)
-    if claimed != _self_hash(content):
+    if claimed != hash_json(content):
         raise CertificateError(f"{path}: self_sha256 does not fit its content", "a certificate is never edited", fix)
     if content.get("format") != FORMAT:
         raise CertificateError(f"{path}: format {content.get('format')!r}", f"this version reads format {FORMAT}", fix)
@@ -236,10 +235,6 @@ def _explain(name: str, facts: dict[str, Any]) -> str:
         return f"{name}: {'; '.join(listed)}"
     plain = {key: value for key, value in facts.items() if key != "passed" and not isinstance(value, list)}
     return f"{name}: {', '.join(f'{key} {value}' for key, value in plain.items())}"
-
-
-def _self_hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

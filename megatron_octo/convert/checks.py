@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_octo.config.load import differences
 from megatron_octo.config.run import ModelConfig
-from megatron_octo.convert.hf_io import CONFIG_FILE, end_of_text, read_model, tokenizer_facts
+from megatron_octo.convert.hf_io import (
+    CONFIG_FILE,
+    TOKEN_FILES,
+    different_files,
+    end_of_text,
+    read_model,
+    tokenizer_facts,
+)
 from megatron_octo.convert.megatron_io import CheckpointTensors, geometry
 from megatron_octo.convert.rules import Tied, VocabPadded, expand
 from megatron_octo.convert.safetensors_io import SafetensorsDirectory, read_json
@@ -63,7 +70,6 @@ def check_coverage(directory: Path, model: ModelConfig) -> Facts:
         "missing": found.missing,
         "extra": found.extra,
         "misshapen": found.misshapen,
-        "twice": [],  # a tensor held by two files is refused when the directory is opened
     }
 
 
@@ -100,6 +106,21 @@ def check_vocabulary(directory: Path, model: ModelConfig, checkpoint: Checkpoint
         padded = (r.megatron for r in table_of(model.family) if isinstance(r, VocabPadded) and r.stored(size))
         facts["padding_is_zero"] = all(not checkpoint.read(name)[model.vocabulary :].any() for name in padded)
     return facts
+
+
+def check_tokenizer(directory: Path, trained_with: Path | None) -> Facts:
+    """The tokenizer gives texts the ids that training gave them, and ends them with the same token.
+
+    Args:
+        directory: the model directory.
+        trained_with: tokenizer directory of the run; None where it is not there any more, and nothing is compared.
+    """
+    if trained_with is None:
+        return {"passed": True, "compared": False}
+    different = different_files(directory, trained_with, TOKEN_FILES)
+    ends = {"exported": tokenizer_facts(directory).eos, "trained": tokenizer_facts(trained_with).eos}
+    passed = not different and ends["exported"] == ends["trained"]
+    return {"passed": passed, "compared": True, "different": different, "end_of_text": ends}
 
 
 def check_tied_head(directory: Path, model: ModelConfig) -> Facts:

@@ -131,10 +131,10 @@ def transformers_outputs(directory: Path, model: ModelConfig, prompts: list[list
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    safe = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(str(directory), **options).eval().to(device)
+            loaded = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, **safe).eval().to(device)
     except Exception as error:  # noqa: BLE001 - whatever a faulty directory makes transformers raise
         raise DataError(f"{directory}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
     with torch.no_grad():

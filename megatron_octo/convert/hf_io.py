@@ -1,28 +1,33 @@
 """What surrounds the weights in a Hugging Face directory: configuration, tokenizer, generation settings, publication.
 
-Nothing in a directory is ever executed: `auto_map` entries and Python files are ignored and not copied.
+Nothing in a directory is ever executed: Python files are not copied, a model's `auto_map` is ignored, and a tokenizer
+that names code of its own is refused, because OpenRLHF loads tokenizers with leave to run such code.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.run import ModelConfig
-from megatron_octo.convert.safetensors_io import read_json, write_json
+from megatron_octo.convert.safetensors_io import read_json
 from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.files import write_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "tokenizer.json", TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Every file a tokenizer may consist of; whatever is there is copied."""
+TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+"""Those of them that say which id a piece of text has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +51,15 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts:
         directory: holds the tokenizer's files.
 
     Raises:
-        DataError: `AutoTokenizer` cannot load it, or it has no end-of-text token.
+        DataError: `AutoTokenizer` cannot load it, it names code of its own, or it has no end-of-text token.
     """
     from transformers import AutoTokenizer
 
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise DataError(f"{directory}: holds no tokenizer", fix="name a directory with tokenizer.json")
+    settings = directory / TOKENIZER_CONFIG_FILE
+    if settings.is_file() and "auto_map" in read_json(settings):
+        raise DataError(f"{settings}: names code of its own (auto_map)", "model directories run no code", "remove it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a damaged file
@@ -70,6 +78,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def different_files(one: Path, other: Path, names: Iterable[str]) -> list[str]:
+    """Which of the named files two directories do not hold alike; one that both lack is alike.
+
+    JSON is compared by what it says, so that a file written anew with other indentation is the same.
+    """
+    return [name for name in names if _content(one / name) != _content(other / name)]
+
+
+def _content(path: Path) -> object:
+    if not path.is_file():
+        return None
+    return read_json(path) if path.suffix == ".json" else path.read_bytes()
 
 
 def write_configuration(directory: Path, model: ModelConfig, dtype: str, tokens: TokenizerFacts) -> None:

@@ -81,7 +81,6 @@ class Origin:
             "checkpoint": str(self.checkpoint.resolve()),
             "seal": seal_digest(self.checkpoint),
             "run": config.get("name"),
-            "branch": config.get("name"),
             **{key: self.facts.get(key) for key in ("step", "run_tokens", "tokens", "lineage", "source")},
         }
 

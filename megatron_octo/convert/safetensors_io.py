@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_octo.convert.rules import Shape
 from megatron_octo.errors import DataError
+from megatron_octo.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,14 +143,6 @@ def write_safetensors(
     index = {"metadata": {"total_size": sum(item.bytes for item in plan)}, "weight_map": weight_map}
     write_json(directory / INDEX_FILE, index)
     return [*names, INDEX_FILE]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON with two-space indentation and a final newline, durably."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:

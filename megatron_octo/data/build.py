@@ -16,20 +16,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.config.load import differences
 from megatron_octo.data.encode import Encoder
-from megatron_octo.data.files import (
-    hash_directory,
-    hash_file,
-    hash_json,
-    only_writer,
-    read_json,
-    write_json,
-    write_text,
-)
 from megatron_octo.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_octo.data.jsonl import input_path
 from megatron_octo.data.sources import (
@@ -42,6 +33,7 @@ from megatron_octo.data.sources import (
     without_heldout,
 )
 from megatron_octo.errors import ConfigError, DataError, StageFailed
+from megatron_octo.files import hash_directory, hash_file, hash_json, hold, read_json, write_json, write_text
 from megatron_octo.progress import Progress
 
 _FORMAT = 1
@@ -85,7 +77,6 @@ def build_data(config: DataBuildConfig, out: Path, workers: int = 1) -> dict[str
         raise ConfigError(f"workers = {workers}", "somebody has to do the work", "use 1 or more")
     build_world(config)
     inputs = _inputs(config)
-    out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
         _refuse_another_build(out, {"settings": config.model_dump(mode="json"), "inputs": inputs})
         sets = _build_problems(config, out)
@@ -96,6 +87,22 @@ def build_data(config: DataBuildConfig, out: Path, workers: int = 1) -> dict[str
         if read_json(out / "manifest.json") != manifest:
             write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def only_writer(out: Path) -> IO[str]:
+    """Keep other processes from building into the same directory while the returned context is open.
+
+    Raises:
+        DataError: another process is at it.
+    """
+    try:
+        return hold(out)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{out} is being written by another process (process {error.strerror})",
+            "two writers would mix their files",
+            "wait for it to end",
+        ) from None
 
 
 def verify_data(out: Path) -> dict[str, Any]:
@@ -186,7 +193,6 @@ def _made_from(config: DataBuildConfig, inputs: dict[str, Any], names: list[str]
 def _build_problems(config: DataBuildConfig, out: Path) -> dict[str, list[Problem]]:
     heldout = problems(config, "heldout")
     sets = {"train": without_heldout(problems(config, "train"), heldout), "heldout": heldout}
-    (out / "problems").mkdir(exist_ok=True)
     for split, found in sets.items():
         lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found]
         write_text(out / "problems" / f"{split}.jsonl", "".join(lines))
@@ -237,10 +243,7 @@ def _train_tokenizer(config: DataBuildConfig, out: Path) -> None:
         for name in train.corpora or config.sources:
             yield from islice(texts(config, name, heldout).documents, train.documents)
 
-    try:
-        train_tokenizer(beginnings(), train.vocabulary_size, out)
-    except ValueError as error:
-        raise ConfigError(f"tokenizer.train.vocabulary_size = {train.vocabulary_size}", str(error)) from None
+    train_tokenizer(beginnings(), train.vocabulary_size, out)
 
 
 def _job(
@@ -252,7 +255,8 @@ def _job(
 
 def _build_sources(jobs: list[_Job], workers: int) -> dict[str, dict[str, Any]]:
     """Build or keep every source; returns their facts in the order of the jobs."""
-    total = sum(job.config.budgets[job.name] or 0 for job in jobs)
+    budgets = [job.config.budgets[job.name] for job in jobs]
+    total = None if None in budgets else sum(budget or 0 for budget in budgets)
     with Progress("tokenise", total, "tokens") as bar:
         if workers == 1 or len(jobs) == 1:
             return {job.name: _build_source(job, bar.advance) for job in jobs}
@@ -340,7 +344,6 @@ def _files_hash_to(out: Path, hashes: dict[str, str]) -> bool:
 
 
 def _record_path(out: Path, name: str) -> Path:
-    (out / _RECORDS).mkdir(exist_ok=True)
     return out / _RECORDS / f"{name}.json"
 
 

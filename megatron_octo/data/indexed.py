@@ -6,6 +6,7 @@ needs neither torch nor megatron, and checks what megatron's reader does not: th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import warnings
@@ -17,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.files import flush_to_disk
 from megatron_octo.errors import DataError
+from megatron_octo.files import flush_to_disk
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document marks
@@ -97,9 +98,10 @@ class IndexedWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._builder.data_file.close()
         for path in (bin_path, idx_path):
             path(self._temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is left in its buffer may not fit on the disk, and is of no use
+            self._builder.data_file.close()
 
     def add(self, tokens: list[int]) -> None:
         """Append one document, end mark included."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.files import flush_to_disk, hash_file, hash_json
 from megatron_octo.data.indexed import Index, idx_path
 from megatron_octo.data.mixture import compiled_helper, windows_per_epoch
 from megatron_octo.errors import DataError
+from megatron_octo.files import flush_to_disk, hash_file, hash_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing GPU kernels, which reading data does not need

@@ -35,9 +35,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, out: Path) -> Pa
     smallest = _BYTES + len(SPECIAL_TOKENS)
     if vocabulary_size < smallest:
         raise ConfigError(
-            f"vocabulary_size={vocabulary_size}",
+            f"tokenizer.train.vocabulary_size = {vocabulary_size}",
             f"{smallest} entries are taken by the 256 bytes and the special tokens",
-            f"at least {smallest}",
+            f"set it to at least {smallest}",
         )
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

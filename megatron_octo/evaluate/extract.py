@@ -81,10 +81,7 @@ def canonical(text: str) -> str:
     text = _VULGAR.sub(_spell_fraction, text).translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip().removesuffix(".").strip()
-    while text[:1] == "{" and _closes_at_end(text):
-        text = text[1:-1].strip()
-    return text
+    return _unwrapped(text.strip().removesuffix(".").strip(), "{", "}")
 
 
 def _spell_fraction(sign: re.Match[str]) -> str:
@@ -92,19 +89,25 @@ def _spell_fraction(sign: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
-def _closes_at_end(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its last character and not before."""
-    pairs = {"{": "}", "(": ")"}
-    opening, closing, depth = text[0], pairs[text[0]], 0
-    for position, character in enumerate(text):
-        depth += (character == opening) - (character == closing)
-        if depth == 0:
-            return position == len(text) - 1
-    return False
-
-
 def without_wrapping(text: str) -> str:
     """Remove round brackets around a whole answer: `(5)` is 5; `(1,234)` is a pair and keeps them."""
-    while text[:1] == "(" and "," not in text and _closes_at_end(text):
-        text = text[1:-1].strip()
-    return text
+    return text if "," in text else _unwrapped(text, "(", ")")
+
+
+def _unwrapped(text: str, opening: str, closing: str) -> str:
+    """Remove every pair of brackets that encloses the whole text, and white space inside them."""
+    partner: dict[int, int] = {}
+    unclosed: list[int] = []
+    for position, character in enumerate(text if text[:1] == opening else ""):
+        if character == opening:
+            unclosed.append(position)
+        elif character == closing and unclosed:
+            partner[unclosed.pop()] = position
+    start, end = 0, len(text)
+    while start < end and partner.get(start) == end - 1:
+        start, end = start + 1, end - 1
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and text[end - 1].isspace():
+            end -= 1
+    return text[start:end]

@@ -33,6 +33,8 @@ class Engine(Protocol):
 
     context: int
     """Longest prompt plus response, in tokens."""
+    bos: str | None
+    """Text of the begin-of-text token, if the tokenizer has one."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; no special tokens are added."""
@@ -80,7 +82,9 @@ class TransformersEngine:
         self.batch_size, self.stop = batch_size, tuple(stop)
         self.model, self.tokenizer = _load(directory, self.device)
         self.context = int(self.model.config.max_position_embeddings)
+        self.bos = self.tokenizer.bos_token
         self.ends = _end_tokens(self.model, self.tokenizer, directory)
+        self.model.generation_config = _nothing_asked()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; no special tokens are added."""
@@ -141,12 +145,9 @@ class TransformersEngine:
         return [self._finish(row) for row in output[:, width:].tolist()]
 
     def _settings(self, max_new_tokens: int, sampling: dict[str, Any]) -> Any:
-        """A fresh generation config, so that nothing the model's author put beside the weights (top-p ...) leaks in."""
-        from transformers import GenerationConfig
-
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=self.ends, pad_token_id=self.ends[0], **sampling
-        )
+        settings = _nothing_asked()
+        settings.update(max_new_tokens=max_new_tokens, eos_token_id=self.ends, pad_token_id=self.ends[0], **sampling)
+        return settings
 
     def _finish(self, row: list[int]) -> Generation:
         """Cut a row of the output at its end token; rows that ended early are padded with it."""
@@ -193,7 +194,9 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _load(directory: Path, device: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     safe = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -203,6 +206,17 @@ def _load(directory: Path, device: Any) -> tuple[Any, Any]:
         message = " ".join(str(error).split())[:300]
         raise DataError(f"{directory}: cannot be loaded ({message})", fix="check the model directory") from error
     return model.to(device).eval(), tokenizer
+
+
+def _nothing_asked() -> Any:
+    """A generation config that asks for nothing.
+
+    The model's own must be one too: transformers fills whatever a call leaves open from it, and so a repetition
+    penalty or a shortest length that the model's author put beside the weights would bend every score.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig()
 
 
 def _end_tokens(model: Any, tokenizer: Any, directory: Path) -> list[int]:

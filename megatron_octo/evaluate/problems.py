@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,12 +116,6 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: holds {type(row).__name__}", "each line is one object", "mend the line")
         yield where, row
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def column(row: dict[str, Any], name: str, where: str) -> Any:

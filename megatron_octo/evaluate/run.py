@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,17 +18,17 @@ from megatron_octo.errors import DataError
 from megatron_octo.evaluate.generate import Engine, Generation, TransformersEngine, check_model_directory
 from megatron_octo.evaluate.grade import Verdict, grade_many
 from megatron_octo.evaluate.problems import (
-    BENCHMARKS,
     Problem,
     benchmark_path,
     column,
-    file_hash,
+    read_benchmark,
     read_objects,
     read_problems,
 )
 from megatron_octo.evaluate.prompts import build_prompt, template
 from megatron_octo.evaluate.score import Graded, score
 from megatron_octo.evaluate.symbolic import require_math_verify
+from megatron_octo.files import hash_file, hash_json, write_text
 from megatron_octo.progress import Progress
 
 _SHOWN = 8  # responses quoted in a result
@@ -64,30 +62,13 @@ def evaluate_models(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     sets = _problem_sets(config)
     for directory in config.models.values():
         check_model_directory(directory)
+    config.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before hours of answering
     total = sum(_responses(config, each) for each in sets) * len(config.models)
     results: dict[str, dict[str, Any]] = {}
     with Progress("evaluate", total, unit="responses") as bar, _threads(config.threads):
         for label in config.models:
             results.update(_evaluate_model(config, label, sets, bar))
     return results
-
-
-def evaluate_model(config: EvaluateConfig, label: str | None = None) -> dict[str, Any]:
-    """Evaluate one model on the problems file (or, without one, on the first benchmark).
-
-    Args:
-        config: the evaluation.
-        label: which of its models; may be left out when there is one.
-
-    Returns:
-        The result, see `evaluate_models`.
-
-    Raises:
-        OctoError: as `evaluate_models`.
-    """
-    label = label or next(iter(config.models))
-    one = config.model_copy(update={"models": {label: config.models[label]}})
-    return next(iter(evaluate_models(one).values()))
 
 
 def grade_file(path: Path, require_stop: bool = True) -> dict[str, Any]:
@@ -111,14 +92,17 @@ def grade_file(path: Path, require_stop: bool = True) -> dict[str, Any]:
     graded = [Graded(str(line), verdict, 0, cases[line][2]) for line, verdict in enumerate(verdicts)]
     scores = score(graded)
     kept = ("accuracy", "low", "high", "correct", "format_rate", "stop_rate", "verdicts")
-    return {"file": str(path), "sha256": file_hash(path), "n": len(cases), **{key: scores[key] for key in kept}}
+    return {"file": str(path), "sha256": hash_file(path), "n": len(cases), **{key: scores[key] for key in kept}}
 
 
 def _case(row: dict[str, Any], where: str, require_stop: bool) -> tuple[str, str, bool]:
     stopped = column(row, "stopped", where) if require_stop else row.get("stopped", True)
     if not isinstance(stopped, bool):
         raise DataError(f"{where}: stopped = {stopped!r}", "it is true or false", "mend the line")
-    return str(column(row, "response", where)), str(column(row, "answer", where)), stopped
+    response = column(row, "response", where)
+    if not isinstance(response, str):
+        raise DataError(f"{where}: response is {type(response).__name__}", "a response is text", "mend the line")
+    return response, str(column(row, "answer", where)), stopped
 
 
 def _problem_sets(config: EvaluateConfig) -> list[ProblemSet]:
@@ -127,9 +111,9 @@ def _problem_sets(config: EvaluateConfig) -> list[ProblemSet]:
         sets.append(ProblemSet("", config.problems, read_problems(config.problems)[: config.limit]))
     for name in config.benchmarks:
         assert config.benchmark_root is not None
+        known = read_benchmark(name, config.benchmark_root)
         path = benchmark_path(name, config.benchmark_root)
-        known = read_problems(path, BENCHMARKS[name])[: config.limit] if path.exists() else None
-        sets.append(ProblemSet(name, path, known))
+        sets.append(ProblemSet(name, path, known and known[: config.limit]))
     return sets
 
 
@@ -171,7 +155,7 @@ def _settings(config: EvaluateConfig, label: str, problems: ProblemSet, model: s
     return {
         **asked,
         "max_new_tokens": config.tokens_for(label),
-        "problems_sha256": file_hash(problems.path),
+        "problems_sha256": hash_file(problems.path),
         "model_sha256": model,
         "prompt": template(config.template).text,
         "stop_strings": list(template(config.template).stop),
@@ -184,7 +168,7 @@ def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = isinstance(result, dict) and result.get("settings_sha256") == _digest(settings)
+    same = isinstance(result, dict) and result.get("settings_sha256") == hash_json(settings)
     return result if same and path.with_suffix(".responses.jsonl").exists() else None
 
 
@@ -204,14 +188,14 @@ def _evaluate_set(
             rows += [{"pass": kind, **row} for _, row in answered]
     settings = origin["settings"]
     result = {
-        "name": name, "status": "done", **origin, "settings_sha256": _digest(settings),
+        "name": name, "status": "done", **origin, "settings_sha256": hash_json(settings),
         "problems": {"set": problems.name or "problems", "path": str(problems.path),
                      "sha256": settings["problems_sha256"], "n_problems": len(known)},
         **passes, "samples": rows[:_SHOWN], "responses": f"{name}.responses.jsonl",
         "versions": _versions(), "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    _write(config.out / f"{name}.responses.jsonl", (json.dumps(row) + "\n" for row in rows))
-    _write(config.out / f"{name}.json", [json.dumps(result, indent=1) + "\n"])
+    write_text(config.out / f"{name}.responses.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(config.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -238,10 +222,9 @@ def _advance(bar: Progress) -> Callable[[int], None]:
 
 
 def _encode(config: EvaluateConfig, engine: Engine, problem: Problem) -> list[int]:
-    bos = getattr(getattr(engine, "tokenizer", None), "bos_token", None) if config.bos else None
-    if config.bos and bos is None:
+    if config.bos and engine.bos is None:
         raise DataError("bos = true, and the tokenizer has no begin-of-text token", fix="set bos=false")
-    return engine.encode(build_prompt(config.template, problem.question, bos))
+    return engine.encode(build_prompt(config.template, problem.question, engine.bos if config.bos else None))
 
 
 def _row(problem: Problem, sample: int, generation: Generation, verdict: Verdict) -> dict[str, Any]:
@@ -261,32 +244,14 @@ def _row(problem: Problem, sample: int, generation: Generation, verdict: Verdict
 def model_hash(directory: Path) -> str:
     """sha256 over the names and contents of a model directory's weights, configuration and tokenizer."""
     names = sorted(path for pattern in ("*.safetensors", "*.json", "*.model") for path in directory.glob(pattern))
-    facts = [(path.name, file_hash(path)) for path in names if path.name != "certificate.json"]
-    return _digest(facts)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    facts = [(path.name, hash_file(path)) for path in names if path.name != "certificate.json"]
+    return hash_json(facts)
 
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "math-verify")
     own = {"megatron_octo": megatron_octo.__version__, "python": platform.python_version()}
     return {**own, **{package: metadata.version(package) for package in packages}}
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write a file under a temporary name and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

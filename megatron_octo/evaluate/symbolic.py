@@ -161,10 +161,15 @@ class SymbolicPool:
         return verdict
 
     def _take(self) -> _Worker:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            self.started += 1
+        while True:
+            with self._lock:
+                worker = self._idle.pop() if self._idle else None
+                if worker is None:
+                    self.started += 1
+                    break
+            if worker.process.poll() is None:
+                return worker
+            self._discard(worker)  # it died while it had nothing to do: no comparison is to blame
         worker = _Worker(self.cpu_seconds)
         with self._lock:
             self._workers.append(worker)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_octo.config.run import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_octo.config.run import VOCABULARY_MULTIPLE, ModelConfig, OptimizerConfig, ParallelConfig
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.transformer import TransformerConfig
-
-VOCABULARY_MULTIPLE = 128
-"""Rows of the embedding are padded to a multiple of it: tensor parallelism must divide it."""
 
 
 def padded_vocabulary(vocabulary: int) -> int:

@@ -6,21 +6,21 @@ checkpoints) and, when it is finished, model/ and done.json.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_octo.config.load import differences
 from megatron_octo.config.rl import RLConfig, RLStageConfig
-from megatron_octo.errors import ConfigError, DataError, StageFailed
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, StageFailed
+from megatron_octo.files import hash_file, hold, write_json, write_text
 from megatron_octo.rl.argv import StageFiles, critic_model, run_files, run_vectors
 from megatron_octo.rl.export import export_model
 from megatron_octo.rl.parser import MODULE
-from megatron_octo.rl.prompts import split_prompts, write_prompts, write_text
+from megatron_octo.rl.prompts import split_prompts, write_prompts
 from megatron_octo.rl.records import EventReader, metric_lines, write_metrics
 from megatron_octo.rl.resume import settle
 from megatron_octo.rl.reward import reward_file
@@ -88,6 +88,23 @@ class RunDirectory:
                 "name another directory, or remove this one",
             )
 
+    def claim(self) -> IO[str]:
+        """Keep other processes out as long as the returned file is open.
+
+        Raises:
+            EnvironmentProblem: another process is at work here, or the directory cannot be written.
+        """
+        try:
+            return hold(self.out)
+        except BlockingIOError as error:
+            raise EnvironmentProblem(
+                f"{self.out}: another process is running this stage (process {error.strerror})",
+                "two would destroy each other's checkpoints",
+                "wait for it, or name another directory",
+            ) from None
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.out}: cannot be written ({error.strerror})", fix="check `out`") from None
+
     def prepare(self) -> None:
         """Write everything OpenRLHF reads, and make interrupted work fit to go on from."""
         resolved, special = self.config, read_tokenizer(self.model)
@@ -103,8 +120,8 @@ class RunDirectory:
             )  # fmt: skip
         write_text(self.files[0].reward, reward_file(special.ends, special.pad, resolved.require_stop))
         argv = {"module": MODULE, "stages": self.vectors, "prompts": vars(facts)}
-        write_text(self.out / "argv.json", json.dumps(argv, indent=2) + "\n")
-        write_text(self.out / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+        write_json(self.out / "argv.json", argv)
+        write_json(self.out / "settings.json", self.settings)
         self._outcome.unlink(missing_ok=True)
         for at, reader in zip(self.files, self.readers, strict=True):
             if not complete_mark(at).exists():
@@ -162,7 +179,7 @@ class RunDirectory:
         except StageFailed as error:
             return str(error)
         self.record()
-        write_text(self.done_file, json.dumps(self._facts(), indent=2) + "\n")
+        write_json(self.done_file, self._facts())
         shutil.rmtree(self.out / "stages", ignore_errors=True)
         return None
 
@@ -185,6 +202,6 @@ def complete_mark(files: StageFiles) -> Path:
 
 def _hash(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})", fix="name the problems file of the run") from None

@@ -57,7 +57,7 @@ def _untie(weights: dict[str, Any], start: dict[str, Any], trained: Path) -> Non
 
     if _HEAD in weights and _HEAD not in start:
         head = weights.pop(_HEAD)
-        if not torch.equal(head, weights[_EMBEDDING]):
+        if _EMBEDDING in weights and not torch.equal(head, weights[_EMBEDDING]):
             raise StageFailed(f"{trained}: {_HEAD} differs from the embedding it is tied to")
     for name in sorted(weights.keys() | start.keys()):
         shapes = [tuple(side[name].shape) if name in side else None for side in (start, weights)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.rl.prompts import write_text
+from megatron_octo.files import write_text
 
 FIELDS = {
     "train/rollout/reward_mean": "reward",
@@ -112,5 +112,5 @@ def write_metrics(path: Path, lines: list[_Step]) -> None:
 
 
 def _finite(value: float) -> float | None:
-    """A figure JSON can hold; what is no number is null."""
-    return round(value, 8) if math.isfinite(value) else None
+    """A figure JSON can hold, with the digits single precision has; what is no number is null."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None

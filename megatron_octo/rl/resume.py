@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_octo.rl.prompts import write_text
+from megatron_octo.files import write_text
 
 _TAG = re.compile(r"^global_step(\d+)$")
 _WRITTEN_LAST = "metric.json"

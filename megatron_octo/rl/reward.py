@@ -96,15 +96,11 @@ class Reward:
         return text, False
 
 
-_SHORTEST_TAIL = 8
-"""Characters of a cut prompt that must be left to recognise it by."""
-
-
 def response_of(query: str, prompt: str) -> str:
     """The text after the prompt.
 
-    The exact prefix as a rule. A prompt that was cut from the left, or whose decoding differs from it in white
-    space, is found all the same; a `\\boxed{}` inside the prompt's own instruction is never graded.
+    The exact prefix as a rule. A prompt whose decoding differs from it in white space is found all the same; a
+    `\\boxed{}` inside the prompt's own instruction is never graded.
 
     Raises:
         ValueError: the query does not begin with the prompt in any of these ways.
@@ -112,12 +108,9 @@ def response_of(query: str, prompt: str) -> str:
     if query.startswith(prompt):
         return query[len(prompt) :]
     position = _after_spaced(query, prompt)
-    if position is not None:
-        return query[position:]
-    for cut in range(1, len(prompt) - _SHORTEST_TAIL + 1):
-        if query.startswith(prompt[cut:]):
-            return query[len(prompt) - cut :]
-    raise ValueError("the query does not begin with its prompt")
+    if position is None:
+        raise ValueError("the query does not begin with its prompt")
+    return query[position:]
 
 
 def _after_spaced(query: str, prompt: str) -> int | None:

@@ -6,6 +6,7 @@ A finished run with the same settings is not done again. An unfinished one goes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,11 +19,24 @@ from typing import Any
 
 from megatron_octo.config.rl import RLStageConfig
 from megatron_octo.errors import StageFailed
+from megatron_octo.files import write_json, write_text
 from megatron_octo.progress import Progress
 from megatron_octo.rl.directory import RunDirectory
 from megatron_octo.rl.parser import MODULE
-from megatron_octo.rl.prompts import write_text
 from megatron_octo.rl.twin.launch import last_lines, ray_directory, run_driver
+
+_LED = """
+import runpy, sys
+from megatron_octo.rl.twin.nursery import die_with
+die_with(int(sys.argv[1]))
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""Runs a module as `python -m` does, but ends with the process named first: an OpenRLHF that outlived a killed stage
+would write into the checkpoints the next start goes on from."""
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_LEAVE = 60.0
 
 Certify = Callable[[Path], dict[str, Any]]
 Facts = dict[str, Any]
@@ -40,6 +54,7 @@ def train_rl(config: RLStageConfig, certify: Certify | None = None) -> dict[str,
 
     Raises:
         CertificateError: a model without a valid certificate; no process has been started then.
+        EnvironmentProblem: another process is at work in one of the directories.
         ConfigError: a setting OpenRLHF or a rule refuses, or a directory that holds another run.
         DataError: problems or a tokenizer that cannot be read.
         StageFailed: a run failed; the others have been finished, and a new start does only what is missing.
@@ -49,11 +64,15 @@ def train_rl(config: RLStageConfig, certify: Certify | None = None) -> dict[str,
     runs = [RunDirectory.of(config, label, certificates[label]) for label in config.runs]
     for run in runs:
         run.check_directory()
-    todo = [run for run in runs if not run.done_file.exists()]
-    for run in todo:
-        run.prepare()
-    if todo:
-        _run_all(config, todo)
+    with contextlib.ExitStack() as held:
+        for run in runs:
+            if not run.done_file.exists():
+                held.enter_context(run.claim())
+        todo = [run for run in runs if not run.done_file.exists()]
+        for run in todo:
+            run.prepare()
+        if todo:
+            _run_all(config, todo)
     return {run.label: json.loads(run.done_file.read_text(encoding="utf-8")) for run in runs}
 
 
@@ -96,7 +115,7 @@ def _on_cpu(config: RLStageConfig, runs: list[RunDirectory], look: Callable[[], 
             "parent": os.getpid(),
             "runs": [run.job() for run in runs],
         }
-        write_text(temporary / "job.json", json.dumps(job))
+        write_json(temporary / "job.json", job)
         try:
             run_driver(temporary / "job.json", log, config.timeout_minutes * 60, look)
         finally:
@@ -119,7 +138,12 @@ def _on_cluster(config: RLStageConfig, runs: list[RunDirectory], look: Callable[
     for run in runs:
         log = run.out / "openrlhf.log"
         for stage in run.job()["stages"]:
-            code = _one_job([sys.executable, "-m", MODULE, *stage["arguments"]], log, deadline, look)
+            code = _one_job(MODULE, stage["arguments"], log, deadline, look)
+            if code is None:
+                raise StageFailed(
+                    f"reinforcement did not end within {config.timeout_minutes:g} minutes; log: {log}",
+                    fix="raise timeout_minutes, or shorten the runs; started again, they go on",
+                )
             if code:
                 errors[run.label] = f"OpenRLHF ended with code {code}: {last_lines(log)}"
                 break
@@ -127,14 +151,26 @@ def _on_cluster(config: RLStageConfig, runs: list[RunDirectory], look: Callable[
     return errors
 
 
-def _one_job(command: list[str], log: Path, deadline: float, look: Callable[[], None]) -> int:
+def _one_job(module: str, arguments: list[str], log: Path, deadline: float, look: Callable[[], None]) -> int | None:
+    """Run a module; returns its exit code, or None when the deadline came first. It is not alive on return."""
+    command = [sys.executable, "-c", _LED, str(os.getpid()), module, *arguments]
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                return None
             look()
-            time.sleep(1)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return process.returncode
     finally:
-        if process.poll() is None:
-            process.terminate()
-    return process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(_SECONDS_TO_LEAVE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -174,8 +174,20 @@ def _start(timeout: timedelta, **where: object) -> None:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local_device(torch.cuda.device_count()))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, **where)
+
+
+def _local_device(count: int) -> int:
+    """The GPU of this process among the `count` of its machine: one for each."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if rank >= count:
+        raise EnvironmentProblem(
+            f"local rank {rank} has no GPU: this machine shows {count}",
+            "every process of a machine needs a GPU of its own",
+            "start as many processes as there are GPUs, change parallel.*, or hide the GPUs: CUDA_VISIBLE_DEVICES=''",
+        )
+    return rank
 
 
 def _split_world(parallel: ParallelConfig, timeout_minutes: float) -> None:

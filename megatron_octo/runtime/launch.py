@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from megatron_octo.errors import EnvironmentProblem, StageFailed
+from megatron_octo.errors import EnvironmentProblem, OctoError, StageFailed, no_space
 
 ERROR_PREFIX = "octo: error:"
 """Start of the one line a rank prints for a mistake of the user."""
@@ -26,7 +27,7 @@ _POLL_SECONDS = 0.05
 _STOP_GRACE_SECONDS = 30.0
 _FAILURE_GRACE_SECONDS = 3.0
 _SETTLE_SECONDS = 3.0
-_LAST_LINES = 15
+_ROOM_FOR_A_MESSAGE = 64 * 1024  # bytes of free disk below which a rank may fail without a word
 _PR_SET_PDEATHSIG = 1
 _COLLATERAL = re.compile(r"Connection (closed by peer|reset by peer)|Broken pipe|Connection refused")
 
@@ -186,15 +187,17 @@ def _culprit(ranks: list[_Rank]) -> _Rank:
     return guilty
 
 
-def _explain(rank: _Rank) -> StageFailed:
+def _explain(rank: _Rank) -> OctoError:
     code = rank.process.returncode
     line = rank.error_line()
+    said = [text.strip() for text in rank.text().splitlines() if text.strip()]
+    if line is None and not said and shutil.disk_usage(rank.log.parent).free < _ROOM_FOR_A_MESSAGE:
+        return no_space(rank.log.parent)
     if line is not None:
         error = StageFailed(line)
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last = [text for text in rank.text().splitlines() if text.strip()][-_LAST_LINES:]
-        error = StageFailed(f"rank {rank.number} {how}", "\n".join(["its last lines:", *last]), f"see {rank.log}")
+        error = StageFailed(f"rank {rank.number} {how}", said[-1] if said else "it wrote nothing", f"see {rank.log}")
     error.exit_code = 128 - code if code < 0 else code
     return error
 

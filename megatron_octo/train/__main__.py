@@ -15,7 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from megatron_octo.errors import OctoError, StageFailed
+from megatron_octo.errors import OctoError, StageFailed, machine_problem
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OctoError as error:
         return _report(error)
     except Exception as error:
+        problem = machine_problem(error) if isinstance(error, OSError) else None
+        if problem is not None:
+            return _report(problem)
         traceback.print_exc()
         if "Timed out waiting" in str(error) or "Timeout" in type(error).__name__:
             return _report(_silence())

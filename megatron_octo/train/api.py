@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
 from megatron_octo.config.run import RunConfig
+from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
 from megatron_octo.train.start import last_step, plan_start
 
@@ -41,7 +41,8 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
         StageFailed: a rank failed; its exit code is kept.
     """
     run = load_run(path, overrides)
-    if plan_start(run).step >= last_step(run, until):
+    step, last = plan_start(run).step, last_step(run, until)
+    if step >= last:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from megatron_octo.train.loop import train
@@ -51,7 +52,7 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     from megatron_octo.runtime.launch import launch
 
     arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
-    with _mirrored_progress(run) as (environment, watch):
+    with _mirrored_progress(run, step, last) as (environment, watch):
         launch(
             "megatron_octo.train",
             arguments,
@@ -64,7 +65,7 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
 
 
 @contextmanager
-def _mirrored_progress(run: RunConfig) -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
+def _mirrored_progress(run: RunConfig, step: int, last: int) -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
     """Show on this terminal what the ranks, whose output goes to logs, write to a progress file."""
     if PROGRESS_VARIABLE in os.environ or not sys.stderr.isatty():
         yield {}, lambda: None
@@ -72,11 +73,11 @@ def _mirrored_progress(run: RunConfig) -> Iterator[tuple[dict[str, str], Callabl
     run.out.mkdir(parents=True, exist_ok=True)
     file = run.out / ".progress.json"
     file.unlink(missing_ok=True)
-    with Progress(run.name, run.schedule.tokens) as bar:
+    with Progress(run.name, last * run.tokens_per_step, done=step * run.tokens_per_step) as bar:
 
         def watch() -> None:
-            if file.exists():
-                seen = json.loads(file.read_text(encoding="utf-8"))
+            seen = read_json(file)
+            if seen:
                 bar.advance(seen["done"] - bar.done, **seen["facts"])
 
         yield {PROGRESS_VARIABLE: str(file)}, watch

@@ -15,7 +15,7 @@ quick_import.import_megatron()  # before the modules below import it
 # ruff: noqa: E402
 from megatron_octo.train.hooks import default_hooks
 from megatron_octo.train.setup import set_up
-from megatron_octo.train.start import hold, last_step
+from megatron_octo.train.start import last_step, only_trainer
 from megatron_octo.train.state import TrainState
 from megatron_octo.train.step import train_step
 
@@ -33,7 +33,7 @@ def train(run: RunConfig, until: int | None = None) -> TrainState:
     Raises:
         OctoError: a mistake or condition the user can act on; the last checkpoint stays.
     """
-    with hold(run.out) if _is_first() else nullcontext():
+    with only_trainer(run.out) if _is_first() else nullcontext():
         if run.threads:
             torch.set_num_threads(run.threads)
         runtime = groups.initialize(run.parallel, run.seed, run.timeout_minutes)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -94,8 +93,7 @@ def open_dataset(run: RunConfig, runtime: Runtime) -> Any:
     build = partial(build_train_dataset, run.data, run.steps * run.batch.global_batch, run.out / CACHE)
     if runtime.world_size == 1:
         return build()
-    on_rank_zero(lambda: build() and None)
-    dist.barrier()
+    on_rank_zero(lambda: len(build()))
     return build()
 
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import time
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from megatron_octo.checkpoint.seal import seal_digest, write_durably
+from megatron_octo.checkpoint.seal import seal_digest
 from megatron_octo.checkpoint.store import (
+    FACTS,
     checkpoint_at,
     has_checkpoint,
     latest_checkpoint,
     read_facts,
     remove_leftovers,
 )
-from megatron_octo.config.load import differences, dump_config
-from megatron_octo.config.run import RunConfig
+from megatron_octo.config.load import differences, dump_config, parse_config
+from megatron_octo.config.run import ModelConfig, RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.files import hold, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
-_LOCK = ".lock"
 _LOCK_PATIENCE = 3.0  # seconds: a killed predecessor needs a moment to die
 _MAY_CHANGE = ("parallel.", "checkpoint.", "threads", "timeout_minutes", "out")
 _MUST_STAY = "parallel.distributed_optimizer"
@@ -61,7 +59,7 @@ def plan_start(run: RunConfig) -> Start:
     if run.start.fork is not None:
         return _fork(run)
     if run.start.checkpoint is not None:
-        return Start(_given(run.start.checkpoint), moments=False, step=0, root_tokens=0, lineage=None)
+        return Start(_given(run), moments=False, step=0, root_tokens=0, lineage=None)
     return Start(None, moments=False, step=0, root_tokens=0, lineage=None)
 
 
@@ -82,42 +80,29 @@ def open_run(run: RunConfig) -> Start:
     """
     start = plan_start(run)
     remove_leftovers(run.out)
-    temporary = run.out / f".{CONFIG}.tmp"
-    dump_config(run, temporary)
-    temporary.replace(run.out / CONFIG)
+    dump_config(run, run.out / CONFIG)
     if start.lineage is not None:
-        write_durably(run.out / LINEAGE, json.dumps(start.lineage, indent=1) + "\n")
+        write_json(run.out / LINEAGE, start.lineage)
     cut_metrics(run.out / METRICS, start.step)
     return start
 
 
-def hold(run_dir: Path) -> IO[str]:
-    """Claim a run directory for this process; the kernel lets go when the process ends, however it ends.
-
-    Returns:
-        The open lock file: keep it as long as the run is written to.
+def only_trainer(run_dir: Path) -> IO[str]:
+    """Claim a run directory while the returned context is open.
 
     Raises:
         EnvironmentProblem: another process holds it, or the directory cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / _LOCK).open("a+", encoding="utf-8")
+        return hold(run_dir, _LOCK_PATIENCE)
+    except BlockingIOError as error:
+        raise EnvironmentProblem(
+            f"{run_dir}: another process trains here (process {error.strerror})",
+            "two processes on one run directory would destroy each other's checkpoints",
+            "wait for it, stop it, or choose another `out`",
+        ) from None
     except OSError as error:
         raise EnvironmentProblem(f"{run_dir}: cannot be written ({error.strerror})", fix="check `out`") from None
-    deadline = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise _taken(run_dir, lock) from None
-            time.sleep(0.1)
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -127,7 +112,7 @@ def cut_metrics(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and 0 < _step_of(line) <= step]
     if len(kept) < len(lines):
-        write_durably(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
 def _resume(run: RunConfig) -> Start:
@@ -167,22 +152,35 @@ def _fork(run: RunConfig) -> Start:
     return Start(checkpoint, fork.moments, 0, facts["tokens"], record)
 
 
-def _given(checkpoint: Path) -> Path:
-    """A checkpoint directory, or the latest one of a run directory."""
-    if (checkpoint / "run.json").is_file():
-        return checkpoint
-    if has_checkpoint(checkpoint):
-        return latest_checkpoint(checkpoint)
-    raise CheckpointError(f"{checkpoint}: no checkpoint here", "start.checkpoint names a sealed one", "check the path")
+def _given(run: RunConfig) -> Path:
+    """The checkpoint a run starts from, named itself or by its run directory; it must hold this run's model.
+
+    Tensors alone do not tell: another RoPE or norm epsilon has the same shapes, and would train without an error.
+    """
+    named = run.start.checkpoint
+    assert named is not None
+    if (named / FACTS).is_file():
+        checkpoint = named
+    elif has_checkpoint(named):
+        checkpoint = latest_checkpoint(named)
+    else:
+        raise CheckpointError(f"{named}: no checkpoint here", "start.checkpoint names a sealed one", "check the path")
+    facts = read_facts(checkpoint)
+    stored = facts.get("model") or facts.get("config", {}).get("model")
+    theirs = parse_config(ModelConfig, stored, f"{checkpoint / FACTS}: model") if stored else run.model
+    changed = differences(_of_weights(theirs), _of_weights(run.model), "model")
+    if changed:
+        raise ConfigError(
+            f"{checkpoint} holds another model than this run's: {'; '.join(changed)}",
+            "weights mean something only in the model they were trained in",
+            "copy the model section that its run.json shows",
+        )
+    return checkpoint
 
 
-def _taken(run_dir: Path, lock: IO[str]) -> EnvironmentProblem:
-    lock.seek(0)
-    return EnvironmentProblem(
-        f"{run_dir}: another process trains here (process {lock.read().strip() or 'unknown'})",
-        "two processes on one run directory would destroy each other's checkpoints",
-        "wait for it, stop it, or choose another `out`",
-    )
+def _of_weights(model: ModelConfig) -> dict[str, Any]:
+    """The settings that give weights their meaning; how they were drawn, and the longest text, are none."""
+    return {**model.model_dump(mode="json", exclude={"init_std", "max_positions"}), "head_dim": model.dim}
 
 
 def _step_of(line: str) -> int:

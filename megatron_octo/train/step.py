@@ -126,5 +126,6 @@ def _check_finite(state: TrainState, loss: float, grad_norm: float) -> None:
     raise StageFailed(
         f"step {state.step + 1} ({state.tokens} tokens): loss is {loss}, gradient norm is {grad_norm}",
         "a run stops at the first value that is not a finite number; the last checkpoint was taken before it",
-        "lower schedule.learning_rate or optimizer.clip, or look at the data of this step (octo data inspect)",
+        "look at the data of this step (octo data inspect), or start anew in another `out` with a lower "
+        "schedule.learning_rate or optimizer.clip",
     )

@@ -120,8 +120,8 @@ def single(trainer: Trainer) -> None:
     last = reference / "checkpoints" / "step_00000016"
     write_model(folder / "converted", iterate_tensors(last), {"config": {}})
     trainer.train("converted-run", f"start.checkpoint={folder / 'converted'}", until=STEP_TOKENS)
-    trainer.train("wider", f"start.checkpoint={last}", "model.ffn=128")
-    trainer.train("deeper", f"start.checkpoint={last}", "model.layers=3")
+    trainer.train("wider", f"start.checkpoint={folder / 'converted'}", "model.ffn=128")
+    trainer.train("deeper", f"start.checkpoint={folder / 'converted'}", "model.layers=3")
     trainer.train("nan", "schedule.learning_rate=1e30", "schedule.warmup=0")
     branch = [
         "name=branch",

@@ -167,7 +167,7 @@ def test_given_weights_are_the_start(folder, notes):
 def test_weights_of_another_shape_are_refused(notes, name, said):
     assert notes[name]["error"] == "CheckpointError"
     assert said in notes[name]["text"]
-    assert "step_00000016: does not fit this model" in notes[name]["text"]
+    assert "converted: does not fit this model" in notes[name]["text"]
 
 
 def test_a_senseless_loss_stops_the_run(folder, notes):

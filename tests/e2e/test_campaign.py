@@ -102,7 +102,8 @@ def check_results(out: Path) -> None:
     report = json.loads((out / "report" / "report.json").read_text())
     assert set(report["branches"]) == {"long", "short", "hybrid"}
     page = (out / "report" / "index.html").read_text()
-    assert "http://" not in page.replace("http://www.w3.org", "") and "<svg" in page or "data:image/png" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert "<svg" in page or "data:image/png" in page
     for branch in ("long", "short", "hybrid"):
         certificate = json.loads((out / "hf" / branch / "certificate.json").read_text())
         assert certificate["valid"] is True

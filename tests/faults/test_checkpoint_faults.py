@@ -103,7 +103,7 @@ def test_nothing_saved_is_an_error_of_its_own(tmp_path):
 KILL_POINTS = {
     "before any byte": ("megatron_octo.checkpoint.store.write_facts", 1),
     "while sealing": ("megatron_octo.checkpoint.seal._entry", 1),
-    "before the seal is written": ("megatron_octo.checkpoint.seal.write_durably", 1),
+    "before the seal is written": ("megatron_octo.checkpoint.seal.write_text", 1),
     "before the seal gets its name": ("pathlib.Path.replace", 1),
     "before the rename": ("megatron_octo.checkpoint.store.retire", 1),
     "between rename and pointer": ("megatron_octo.checkpoint.store.point_at", 1),

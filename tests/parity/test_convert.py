@@ -23,11 +23,11 @@ from megatron_octo.config.run import ModelConfig, ParallelConfig
 from megatron_octo.convert import forward, hf_io
 from megatron_octo.convert.api import from_hf, to_hf, to_hf_many
 from megatron_octo.convert.certificate import certify, examine, explain, require_valid, verify, write_certificate
-from megatron_octo.convert.checks import check_rope
+from megatron_octo.convert.checks import check_logits, check_rope
 from megatron_octo.convert.forward import single_process
-from megatron_octo.convert.megatron_io import read_origin
+from megatron_octo.convert.megatron_io import CheckpointTensors, read_origin
 from megatron_octo.convert.rules import FusedQKV, GatedPair
-from megatron_octo.errors import CertificateError, ConfigError
+from megatron_octo.errors import CertificateError, CheckpointError, ConfigError, DataError
 from megatron_octo.model.build import build_gpt
 from megatron_octo.model.hugging_face import to_hf_config
 
@@ -186,6 +186,30 @@ def test_rope_tables_agree_at_the_published_sizes(factor: float | None, dim: int
     facts = check_rope(ours.inv_freq.cpu(), LlamaRotaryEmbedding(config).inv_freq, model)
     assert facts["passed"], facts
     assert facts["at_position"] == 131072
+
+
+def _outputs(*logits: list[float]) -> forward.Outputs:
+    return forward.Outputs([torch.tensor([row]) for row in logits], torch.ones(1))
+
+
+def test_each_measure_of_the_logits_refuses_by_itself() -> None:
+    same = check_logits(_outputs([9.0, 1.0]), _outputs([9.0, 1.0]), [[0]])
+    assert same["passed"] and same["kl"] == 0 and same["greedy_match"] == 1
+    assert not check_logits(_outputs([9.0, 1.0]), _outputs([9.0, 1.1]), [[0]])["passed"]
+    # One large logit makes the tolerance wide; the distribution over the others still shows the difference.
+    far = check_logits(_outputs([-1e5, 1.0, 0.0]), _outputs([-1e5, 1.5, 0.0]), [[0]])
+    assert far["max_abs_difference"] < far["tolerance"] and far["kl"] > 1e-3 and not far["passed"]
+    nan = check_logits(_outputs([9.0, 1.0], [1.0, 2.0]), _outputs([9.0, 1.0], [math.nan, 2.0]), [[0], [0]])
+    assert not nan["passed"]
+
+
+def test_a_checkpoint_of_other_shapes_is_not_loaded(world: World) -> None:
+    origin = read_origin(world.root / "tied" / "checkpoint")
+    narrow = origin.model.model_copy(update={"ffn": origin.model.ffn // 2})
+    deeper = origin.model.model_copy(update={"layers": origin.model.layers + 1})
+    for model, message in ((narrow, "linear_fc1.weight has shape"), (deeper, "is missing")):
+        with pytest.raises(CheckpointError, match=message):
+            forward.megatron_outputs(model, CheckpointTensors(origin.checkpoint), [[1, 2]])
 
 
 # --- faults planted in written files: the certificate must name each
@@ -421,6 +445,51 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(world: World, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def _tokenizer_with(world: World, target: Path, change: Callable[[dict, dict], None]) -> Path:
+    shutil.copytree(world.tokenizer, target)
+    files = [target / "tokenizer.json", target / "tokenizer_config.json"]
+    core, settings = (json.loads(path.read_text()) for path in files)
+    change(core, settings)
+    for path, values in zip(files, (core, settings), strict=True):
+        path.write_text(json.dumps(values))
+    return target
+
+
+def _swap_two_tokens(core: dict, settings: dict) -> None:
+    vocabulary = core["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+@pytest.mark.usefixtures("short_prompts")
+@pytest.mark.parametrize("fault", ["ids", "end of text"])
+def test_another_tokenizer_than_trainings_is_refused(world: World, tmp_path: Path, fault: str) -> None:
+    """Weights, logits and vocabulary size are all right: only the tokenizer's own files can tell."""
+    if fault == "ids":
+        change, named = _swap_two_tokens, "tokenizer: different tokenizer.json"
+    else:
+        change, named = (lambda core, settings: settings.update(eos_token="a")), "tokenizer: .*trained': 2"
+    tokenizer = _tokenizer_with(world, tmp_path / "tokenizer", change)
+    with pytest.raises(CertificateError, match=named):
+        to_hf(world.root / "tied" / "checkpoint", tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_the_tokenizer_serves(world: World, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(world.root / "tied" / "hf", tmp_path / "copied"))
+    directory = world.copy_of_export("tied", tmp_path / "out")
+    assert to_hf(world.root / "tied" / "checkpoint", directory, tokenizer=copied) == world.certificates["tied"]
+    assert world.certificates["tied"]["tokenizer"]["compared"] is True
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(world: World, tmp_path: Path) -> None:
+    tokenizer = _tokenizer_with(
+        world, tmp_path / "tokenizer", lambda _, settings: settings.update(auto_map={"AutoTokenizer": "a/b--evil.T"})
+    )
+    with pytest.raises(DataError, match="auto_map"):
+        to_hf(world.root / "tied" / "checkpoint", tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_target_is_kept_if_identical_and_refused_otherwise(world: World, tmp_path: Path) -> None:
     checkpoint = world.root / "tied" / "checkpoint"
     directory = world.copy_of_export("tied", tmp_path / "out")
@@ -430,6 +499,9 @@ def test_an_existing_target_is_kept_if_identical_and_refused_otherwise(world: Wo
     for other in (world.root / "untied" / "checkpoint", checkpoint):
         with pytest.raises(ConfigError, match="out: already exists"):
             to_hf(other, directory, dtype="bf16" if other == checkpoint else "source")
+    talking = _tokenizer_with(world, tmp_path / "talking", lambda _, settings: settings.update(chat_template="{{ x }}"))
+    with pytest.raises(ConfigError, match="out: already exists"):
+        to_hf(checkpoint, directory, tokenizer=talking)
     (directory / "config.json").unlink()
     with pytest.raises(ConfigError, match="out: already exists"):
         to_hf(checkpoint, directory)

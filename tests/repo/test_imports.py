@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_octo"
 ALLOWED = {
     "errors": set(),
     "units": {"errors"},
+    "files": set(),
     "progress": {"errors", "units"},
     "config": {"errors", "units"},
     "schedule": {"config"},
@@ -24,9 +25,9 @@ ALLOWED = {
     "evaluate": {"config", "progress"},
     "rl": {"config", "progress", "schedule", "model", "runtime", "data", "checkpoint", "convert", "train", "evaluate"},
 }
-ALLOWED["campaign"] = set(ALLOWED) - {"evaluate"} | {"evaluate"}
+ALLOWED["campaign"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)
-EVERYWHERE = {"errors", "units", "__version__"}
+EVERYWHERE = {"errors", "units", "files", "__version__"}
 
 HEAVY = {
     "megatron": {"model", "runtime", "checkpoint", "train", "convert", "data"},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,29 @@ def test_failure_is_one_clear_line_and_others_are_ended(tmp_path: Path) -> None:
     assert order(tmp_path, "start").count("after") == 0
     slow = next(entry["pid"] for entry in journal(tmp_path) if entry["stage"] == "slow")
     assert not Path(f"/proc/{slow}").exists()
+
+
+@pytest.mark.timeout(30)
+def test_an_old_error_is_not_the_cause_of_a_new_end(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="the file is missing"):
+        Engine(tmp_path / "out", [stage("one", code=3)], 2, command(tmp_path)).run()
+    killed = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(StageFailed, match="ended by signal 9: it wrote nothing") as caught:
+        Engine(tmp_path / "out", [stage("one")], 2, killed).run()
+    assert caught.value.exit_code == StageFailed.exit_code
+
+
+@pytest.mark.timeout(30)
+def test_a_done_stage_whose_results_are_gone_runs_again(tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    stages = [replace(stage("one"), results=(result,)), stage("two", "one")]
+    result.touch()
+    Engine(tmp_path / "out", stages, 2, command(tmp_path)).run()
+    Engine(tmp_path / "out", stages, 2, command(tmp_path)).run()
+    assert order(tmp_path, "end") == ["one", "two"]
+    result.unlink()
+    Engine(tmp_path / "out", stages, 2, command(tmp_path)).run()
+    assert order(tmp_path, "end") == ["one", "two", "one"]
 
 
 @pytest.mark.timeout(60)

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from megatron_octo.campaign.api import RECIPES, campaign_stages, find_recipe, run_campaign
-from megatron_octo.campaign.stages import expand
+from megatron_octo.campaign.stages import expand, write_settings
 from megatron_octo.campaign.state import settle_config
 from megatron_octo.config.campaign import CampaignConfig
-from megatron_octo.config.load import load_config
+from megatron_octo.config.load import load_config, parse_config
+from megatron_octo.config.rl import RLStageConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import ConfigError
 
 DEMO = Path("recipes/campaigns/demo.yaml")
+BRANCH = "{tokens: 10K, mixture: {web: 1}, max_new_tokens: 10}"
 
 
 def demo(*overrides: str) -> CampaignConfig:
@@ -24,7 +26,8 @@ def demo(*overrides: str) -> CampaignConfig:
 def test_tree(tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in expand(demo(), tmp_path, 2)}
     assert list(stages) == [
-        "data", "stable-1", "stable-2", "long", "short", "hybrid", "convert", "evaluate-base", "rl", "evaluate-rl", "report",
+        "data", "stable-1", "stable-2", "long", "short", "hybrid", "convert", "evaluate-base", "rl", "evaluate-rl",
+        "report",
     ]  # fmt: skip
     assert stages["stable-2"].needs == ("stable-1",)
     assert all(stages[name].needs == ("stable-2",) for name in ("long", "short", "hybrid"))
@@ -35,7 +38,7 @@ def test_tree(tmp_path: Path) -> None:
 
 def test_branches_fork_where_the_stable_stage_ends(tmp_path: Path) -> None:
     config = demo("stable.tokens=500001")
-    expand(config, tmp_path, 2)
+    write_settings(expand(config, tmp_path, 2))
     stable = load_config(RunConfig, tmp_path / "stages" / "stable-2.yaml")
     layouts = set()
     for name in config.branches:
@@ -49,14 +52,14 @@ def test_branches_fork_where_the_stable_stage_ends(tmp_path: Path) -> None:
 
 
 def test_legs_share_one_run_directory(tmp_path: Path) -> None:
-    expand(demo(), tmp_path, 2)
+    write_settings(expand(demo(), tmp_path, 2))
     first, second = (load_config(RunConfig, tmp_path / "stages" / f"stable-{leg}.yaml") for leg in (1, 2))
     assert first.out == second.out
     assert first.model_copy(update={"parallel": second.parallel}) == second
 
 
 def test_the_seed_reaches_every_stage(tmp_path: Path) -> None:
-    expand(demo("seed=7"), tmp_path, 2)
+    write_settings(expand(demo("seed=7"), tmp_path, 2))
     for name in ("data", "stable-1", "evaluate-base"):
         assert "seed: 7\n" in (tmp_path / "stages" / f"{name}.yaml").read_text(), name
 
@@ -76,6 +79,15 @@ def test_a_campaign_without_rl_ends_with_its_evaluation(tmp_path: Path) -> None:
         ("branches.short.mixture.shrot_cot=0.5", ["shrot_cot"]),
         ("stable.mixture={nowhere: 1}", ["nowhere"]),
         ("branches.stable={}", ["stable"]),
+        (f"branches.convert={BRANCH}", ["'convert'", "the campaign itself"]),
+        (f"branches.stable-1={BRANCH}", ["'stable-1'", "the campaign itself"]),
+        (f"branches={{v1.0: {BRANCH}}}", ["'v1.0'", "letters"]),
+        ("template=wrold", ["'wrold'", "'world'"]),
+        ("rl.micro_batch=48", ["runs.long", "not divisible by micro_batch 48"]),
+        ("rl.top_p=0.9", ["runs.long", "top_p"]),
+        ("data.problems.heldout=null", ["data.problems.heldout"]),
+        ("data.problems.train=null", ["data.problems.train"]),
+        ("evaluation.samples=0", ["evaluation.samples"]),
         ("stable.legs=[{until: 900K}, {}]", ["until"]),
         ("model.vocabulary=300", ["440", "300"]),
         ("stable.tokens=many", ["'many'"]),
@@ -85,7 +97,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, override: str, 
     with pytest.raises(ConfigError) as caught:
         expand(demo(override), tmp_path, 2)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert not (tmp_path / "data").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_other_settings_need_another_directory(tmp_path: Path) -> None:
@@ -99,6 +111,14 @@ def test_status_of_a_fresh_directory(tmp_path: Path) -> None:
         campaign_stages(tmp_path)
     settle_config(tmp_path, demo())
     assert {state.status for _, state in campaign_stages(tmp_path)} == {"waiting"}
+    assert [path.name for path in tmp_path.iterdir()] == ["campaign.yaml"], "asking changes nothing"
+
+
+def test_length_stages_keep_their_lengths(tmp_path: Path) -> None:
+    """A branch's own answer length belongs to a run of one length; the recipe's stages state theirs."""
+    stages = {stage.name: stage for stage in expand(demo("rl.rollouts=null", "rl.max_response=null"), tmp_path, 2)}
+    config = parse_config(RLStageConfig, stages["rl"].settings, "rl")
+    assert [stage.max_response for stage in config.resolved("long").stages] == [2048, 4096, 8192]
 
 
 def test_every_recipe_loads() -> None:

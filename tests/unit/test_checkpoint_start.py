@@ -14,7 +14,7 @@ from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
 from megatron_octo.train import start
 from megatron_octo.train.api import load_run, train_run
-from megatron_octo.train.start import cut_metrics, hold, open_run, plan_start
+from megatron_octo.train.start import cut_metrics, only_trainer, open_run, plan_start
 
 
 def values(out, **more):
@@ -157,12 +157,24 @@ def test_given_weights_must_exist(tmp_path):
         plan_start(config)
 
 
+@pytest.mark.parametrize(("field", "value"), [("rope_theta", 10_000.0), ("norm_epsilon", 1e-6), ("kv_groups", 4)])
+def test_given_weights_must_be_of_the_same_model(config, tmp_path, field, value):
+    start_from = {"checkpoint": str(config.out)}
+    fits = RunConfig.model_validate(values(tmp_path / "run", start=start_from))
+    assert plan_start(fits).checkpoint == config.out / "checkpoints" / "step_00000008"
+    model = {**fits.model.model_dump(), "head_dim": fits.model.dim, "init_std": 0.5, "max_positions": 64}
+    assert plan_start(fits.model_copy(update={"model": fits.model.model_validate(model)})).step == 0
+    other = fits.model_copy(update={"model": fits.model.model_copy(update={field: value})})
+    with pytest.raises(ConfigError, match=f"another model than this run's: model.{field}"):
+        plan_start(other)
+
+
 def test_a_run_directory_has_one_writer(tmp_path):
     said = f"another process trains here \\(process {os.getpid()}\\)"
     patience = mock.patch.object(start, "_LOCK_PATIENCE", 0.2)
-    with hold(tmp_path / "run"), patience, pytest.raises(EnvironmentProblem, match=said):
-        hold(tmp_path / "run")
-    hold(tmp_path / "run").close()
+    with only_trainer(tmp_path / "run"), patience, pytest.raises(EnvironmentProblem, match=said):
+        only_trainer(tmp_path / "run")
+    only_trainer(tmp_path / "run").close()
 
 
 def test_the_command_refuses_before_any_process_starts(config, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import apply_overrides, differences, dump_config, load_config, parse_config
 from megatron_octo.config.run import ModelConfig, RunConfig
@@ -83,6 +84,8 @@ def test_bad_files(tmp_path: Path, text: str | bytes | None, words: list[str]) -
         ({"batch__micro_batch": 3}, "batch.global_batch"),
         ({"model__max_positions": 32}, "data.sequence_length"),
         ({"parallel__context": 3}, "data.sequence_length"),
+        ({"parallel__tensor": 3, "model": "{heads: 6, kv_groups: 3, ffn: 96, hidden: 96}"}, "multiple of 128 rows"),
+        ({"parallel": "{pipeline: 2, virtual_pipeline: 2, data: 4}"}, "1 micro-batches per step is not divisible"),
     ],
 )
 def test_cross_field_rules(overrides: dict[str, object], field: str) -> None:

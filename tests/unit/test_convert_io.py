@@ -178,6 +178,10 @@ def test_an_import_is_kept_if_identical_and_never_overwritten(tmp_path: Path) ->
     assert (tmp_path / "out" / "seal.json").stat().st_mtime_ns == stamp
     with pytest.raises(ConfigError, match="already exists"):
         from_hf(_hf(tmp_path / "hf2", rms_norm_eps=1e-6), tmp_path / "out")
+    damaged = next((tmp_path / "out").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="already exists"):
+        from_hf(source, tmp_path / "out")
 
 
 def test_publishing_leaves_all_or_nothing(tmp_path: Path) -> None:

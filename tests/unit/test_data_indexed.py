@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_octo.data.files import hash_file
 from megatron_octo.data.indexed import bin_path, idx_path, import_indexed_dataset, inspect, read_index, write_indexed
 from megatron_octo.errors import DataError
+from megatron_octo.files import hash_file
 
 LENGTHS, POINTERS, MARKS = 34, 34 + 50 * 4, 34 + 50 * 12  # where they start in the index of `pair`
 

@@ -170,17 +170,17 @@ def test_evaluation_writes_results(config: EvaluateConfig) -> None:
 
 
 def test_evaluation_resumes_without_counting_twice(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_write = run._write
+    whole_write = run.write_text
 
-    def dies_at_the_second_model(path: Path, lines) -> None:
+    def dies_at_the_second_model(path: Path, text: str) -> None:
         if path.name == "rl.json":
             raise KeyboardInterrupt
-        whole_write(path, lines)
+        whole_write(path, text)
 
-    monkeypatch.setattr(run, "_write", dies_at_the_second_model)
+    monkeypatch.setattr(run, "write_text", dies_at_the_second_model)
     with pytest.raises(KeyboardInterrupt):
         run.evaluate_models(config)
-    monkeypatch.setattr(run, "_write", whole_write)
+    monkeypatch.setattr(run, "write_text", whole_write)
     first = (config.out / "base.json").read_bytes()
     assert AnswersFive.made == 24 and not (config.out / "rl.json").exists()
 
@@ -198,11 +198,20 @@ def test_evaluation_resumes_without_counting_twice(config: EvaluateConfig, monke
 
 def test_a_changed_setting_or_model_is_evaluated_again(config: EvaluateConfig) -> None:
     run.evaluate_models(config)
-    run.evaluate_model(config.model_copy(update={"seed": 1}), "base")
+    only_base = {"models": {"base": config.models["base"]}}
+    run.evaluate_models(config.model_copy(update={"seed": 1} | only_base))
     assert AnswersFive.made == 36
     (config.models["rl"] / "model.safetensors").write_bytes(b"trained on")
-    assert run.evaluate_model(config, "rl")["status"] == "done"
+    only_rl = {"models": {"rl": config.models["rl"]}}
+    assert run.evaluate_models(config.model_copy(update=only_rl))["rl"]["status"] == "done"
     assert AnswersFive.made == 48
+
+
+def test_a_result_without_its_responses_is_made_again(config: EvaluateConfig) -> None:
+    run.evaluate_models(config)
+    (config.out / "rl.responses.jsonl").unlink()
+    run.evaluate_models(config)
+    assert AnswersFive.made == 36 and (config.out / "rl.responses.jsonl").exists()
 
 
 def test_an_absent_benchmark_is_no_zero(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.errors import DataError
 from megatron_octo.evaluate.generate import TransformersEngine
-from megatron_octo.evaluate.run import evaluate_model
+from megatron_octo.evaluate.run import evaluate_models
 
 END = "<|end_of_text|>"
 PROMPTS = ["Question: a\nAnswer:", "Question: what is 1+1?\nAnswer:", "Q", "Question: b\nAnswer:"]
@@ -88,6 +89,20 @@ def test_stop_strings_cut_the_text(model_directory: Path, engine: TransformersEn
     assert answer.stopped and answer.text == text[: text.index(stop)] and len(answer.token_ids) < 20
 
 
+def test_an_authors_generation_settings_change_nothing(
+    model_directory: Path, engine: TransformersEngine, tmp_path: Path
+) -> None:
+    for file in model_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "generation_config.json"
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "min_length": 60, "top_k": 1, "do_sample": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}), encoding="utf-8")
+    bent = TransformersEngine(tmp_path, device="cpu", batch_size=3)
+    prompts = [engine.encode(text) for text in PROMPTS]
+    for temperature in (0.0, 1.0):
+        assert bent.generate(prompts, 20, temperature, 0) == engine.generate(prompts, 20, temperature, 0)
+
+
 def test_prompts_that_do_not_fit_are_refused(engine: TransformersEngine) -> None:
     with pytest.raises(DataError, match="exceed the context 128"):
         engine.generate([[1] * 100], 29, 0.0, 0)
@@ -112,6 +127,6 @@ def test_evaluation_of_a_real_model(model_directory: Path, tmp_path: Path) -> No
         models={"m": model_directory}, problems=problems, max_new_tokens=8, samples=2, device="cpu", threads=1,
         bos=True, out=tmp_path / "out",
     )  # fmt: skip
-    result = evaluate_model(config)
+    result = evaluate_models(config)["m"]
     assert result["greedy"]["n_problems"] == 3 and result["sampled"]["verdicts"]["correct"] == 0
     assert result["greedy"]["mean_response_tokens"] <= 8 and result["versions"]["transformers"]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_octo.evaluate.extract import canonical, last_boxed
+from megatron_octo.evaluate.extract import canonical, last_boxed, without_wrapping
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,26 @@ def test_hostile_text_is_read_in_linear_time(text: str) -> None:
         (r"$\$18.$", "18"),
         ("{{5}}", "5"),
         ("{1}{2}", "{1}{2}"),
+        ("{ {5} }", "5"),
+        ("{5}}", "{5}}"),
+        ("{{5}", "{{5}"),
         (r"1{,}234", "1,234"),
         (r"90^\circ", r"90^{\circ}"),
     ],
 )
 def test_canonical(text: str, expected: str) -> None:
     assert canonical(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("((5))", "5"), ("( 5 )", "5"), ("(1,2)", "(1,2)"), ("(1)(2)", "(1)(2)")]
+)
+def test_round_brackets_around_all(text: str, expected: str) -> None:
+    assert without_wrapping(text) == expected
+
+
+def test_deep_brackets_are_removed_in_linear_time() -> None:
+    started = time.process_time()
+    assert canonical("{" * 200_000 + "5" + "}" * 200_000) == "5"
+    assert without_wrapping("(" * 200_000 + "5" + ")" * 200_000) == "5"
+    assert time.process_time() - started < 5

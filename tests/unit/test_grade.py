@@ -126,6 +126,19 @@ def test_code_is_not_executed(shared: SymbolicPool, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_a_comparison_can_write_no_file_and_take_no_more_than_its_memory(shared: SymbolicPool) -> None:
+    assert shared.equal(r"\sqrt{4}", "2") is True
+    limits = Path(f"/proc/{shared._workers[0].process.pid}/limits").read_text()
+    rows = {line[:25].strip(): line[25:].split()[:2] for line in limits.splitlines()}
+    assert rows["Max file size"] == rows["Max core file size"] == ["0", "0"]
+    assert rows["Max address space"] == [str(4 * 2**30)] * 2
+
+
+@pytest.mark.usefixtures("no_pool")
+def test_long_expressions_are_not_worth_a_comparison() -> None:
+    assert grade(r"\boxed{" + "x+" * 600 + "x}", "y^2", stopped=True).verdict == "wrong"
+
+
 def test_endless_powers_time_out_and_the_pool_recovers(shared: SymbolicPool) -> None:
     started = time.monotonic()
     verdict = grade(r"\boxed{9^{9^{9^{9}}}}", "5", stopped=True)
@@ -162,6 +175,18 @@ def test_a_worker_killed_while_it_compares_is_replaced() -> None:
     assert pool.equal(r"\sqrt{9}", "3") is True
     pool.close()
     assert pool._workers == []
+
+
+def test_workers_that_died_idle_are_no_verdict() -> None:
+    pool = SymbolicPool(size=3)
+    idle = [pool._take() for _ in range(3)]
+    pool._idle += idle
+    for worker in idle:
+        worker.process.kill()
+        worker.process.wait()
+    assert pool.equal(r"\sqrt{4}", "2") is True
+    assert len(pool._workers) == 1
+    pool.close()
 
 
 def test_a_worker_that_hangs_without_cpu_meets_the_deadline() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_octo.config.load import parse_config
 from megatron_octo.config.rl import RLStageConfig
-from megatron_octo.errors import ConfigError
+from megatron_octo.errors import ConfigError, EnvironmentProblem
 from megatron_octo.rl import argv, parser
 
 SMALL = {"prompts": 16, "samples": 8, "mini_batch_prompts": 8, "rollouts": 25, "max_response": 40, "max_prompt": 64}
@@ -98,6 +98,14 @@ def test_the_cpu_gets_one_process_for_each_role() -> None:
     assert args.actor.num_gpus_per_node == args.critic.num_gpus_per_node == args.vllm.num_engines == 1
     assert args.vllm.sync_backend == "gloo" and args.ds.attn_implementation == "sdpa" and not args.ds.packing_samples
     assert args.train.batch_size == 64 and args.data.max_len == 104
+
+
+def test_another_shape_of_the_command_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("train()", 'if __name__ == "__main__":\n    train(None)\n'):
+        (tmp_path / "cli.py").write_text(text)
+        monkeypatch.setattr(parser, "_source", lambda: tmp_path / "cli.py")
+        with pytest.raises(EnvironmentProblem, match=r"does not end in train\(args\)"):
+            parser._main_block.__wrapped__()
 
 
 def test_openrlhfs_own_refusals_come_through() -> None:

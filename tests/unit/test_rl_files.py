@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +15,14 @@ from megatron_octo.rl.export import export_model
 from megatron_octo.rl.prompts import split_prompts, write_prompts
 from megatron_octo.rl.records import EventReader, metric_lines
 from megatron_octo.rl.resume import settle
+from megatron_octo.rl.tokens import SpecialTexts
 
 PROBLEMS = [{"id": str(n), "question": f"What is {n}+1?", "answer": str(n + 1)} for n in range(5)]
+
+CHARACTERS = SpecialTexts(
+    "<|bos|>", ("<|eos|>",), "<|pad|>", SimpleNamespace(encode=lambda text, add_special_tokens: list(text))
+)
+"""A tokenizer with a token for each character."""
 
 
 @pytest.fixture
@@ -25,7 +33,7 @@ def problems(tmp_path: Path) -> Path:
 
 
 def prompts(problems: Path, out: Path, **options) -> list[dict]:
-    settings = {"template": "world", "count": 12, "seed": 0, "max_tokens": 1000} | options
+    settings = {"template": "world", "count": 12, "seed": 0, "max_tokens": 1000, "tokenizer": CHARACTERS} | options
     write_prompts(problems, out, **settings)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
@@ -52,14 +60,14 @@ def test_overlong_problems_are_left_out(problems: Path, tmp_path: Path) -> None:
     with problems.open("a", encoding="utf-8") as file:
         file.write(json.dumps(long) + "\n")
     out = tmp_path / "prompts.jsonl"
-    facts = write_prompts(problems, out, template="world", count=6, seed=0, max_tokens=100)
+    facts = write_prompts(problems, out, template="world", count=6, seed=0, max_tokens=100, tokenizer=CHARACTERS)
     assert (facts.problems, facts.overlong, facts.prompts) == (6, 1, 6) and "yyy" not in out.read_text()
     with pytest.raises(DataError, match="at most 3 tokens"):
         prompts(problems, out, max_tokens=3)
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", "[]", '{"question": "a"}', '{"question": "", "answer": "1"}', '{"question": "a", "answer": null}']
+    "line", ["{", "[]", '{"question": "a"}', '{"question": "", "answer": "1"}', '{"question": "a", "answer": null}']
 )
 def test_damaged_problems_are_named(problems: Path, tmp_path: Path, line: str) -> None:
     with problems.open("a", encoding="utf-8") as file:
@@ -70,7 +78,7 @@ def test_damaged_problems_are_named(problems: Path, tmp_path: Path, line: str) -
 
 
 def test_no_problems(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         prompts(tmp_path / "absent.jsonl", tmp_path / "prompts.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="holds no problem"):
@@ -84,6 +92,24 @@ def test_prompts_are_cut_without_loss(problems: Path, tmp_path: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in parts]
     assert [text.count("\n") for text in texts] == [8, 4] and "".join(texts) == out.read_text(encoding="utf-8")
     assert len(rows) == 12
+
+
+def test_other_separators_than_the_line_feed_cut_nothing(tmp_path: Path) -> None:
+    path, out = tmp_path / "p.jsonl", tmp_path / "prompts.jsonl"
+    rows = [{"id": str(n), "question": f"a\u2028b\x85c\x0cd\re {n}?", "answer": "1"} for n in range(4)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_prompts(path, out, template="world", count=4, seed=0, max_tokens=1000, tokenizer=CHARACTERS)
+    parts = split_prompts(out, [3, 1], lambda number: tmp_path / str(number))
+    found = [json.loads(line)["prompt"] for part in parts for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [part.read_bytes().count(b"\n") for part in parts] == [3, 1]
+    assert sorted(found) == [f"Question: {row['question']}\nAnswer:" for row in rows]
+
+
+def test_a_bos_that_is_not_there_is_refused(problems: Path, tmp_path: Path) -> None:
+    assert prompts(problems, tmp_path / "a.jsonl", bos=True)[0]["prompt"].startswith("<|bos|>Question")
+    with pytest.raises(DataError, match="no begin-of-text token"):
+        prompts(problems, tmp_path / "b.jsonl", bos=True, tokenizer=replace(CHARACTERS, bos=None))
+    assert not (tmp_path / "b.jsonl").exists()
 
 
 def write_events(directory: Path, steps: dict[int, float], start: int, whole: bool = True) -> Path:
@@ -124,6 +150,15 @@ def test_a_torn_record_is_not_read(tmp_path: Path) -> None:
     assert rewards(EventReader(tmp_path)) == [0.25]
 
 
+def test_a_step_counts_when_its_last_figure_is_there(tmp_path: Path) -> None:
+    path = write_events(tmp_path, {1: 0.25, 2: 0.5}, start=100)
+    last = len(path.read_bytes())
+    write_events(tmp_path, {3: 0.75}, start=100)
+    reward_only = path.read_bytes()[: last + (path.stat().st_size - last) // 2 + 1]  # the longer tag comes first
+    path.write_bytes(reward_only)
+    assert rewards(EventReader(tmp_path)) == [0.25, 0.5]
+
+
 def test_steps_done_again_replace_the_old(tmp_path: Path) -> None:
     write_events(tmp_path, {1: 0.1, 2: 0.2, 3: 0.3}, start=100)
     reader = EventReader(tmp_path)
@@ -147,6 +182,11 @@ def test_lines_count_over_length_stages() -> None:
     assert [(line["step"], line["length_stage"]) for line in lines] == [(1, 0), (2, 0), (3, 1)]
     assert lines[0]["reward"] == 0.5 and lines[0]["policy_loss"] is None
     assert "NaN" not in json.dumps(lines)
+
+
+def test_small_figures_keep_their_digits() -> None:
+    (line,) = metric_lines([{1: {"train/actor_lr": 1.2345678e-9, "time": 1.0}}], [1])
+    assert line["learning_rate"] == pytest.approx(1.2345678e-9, rel=1e-6)
 
 
 def checkpoint(root: Path, role: str, step: int, complete: bool = True) -> None:
@@ -218,7 +258,10 @@ def test_the_export_looks_like_the_start(models: tuple[Path, Path], tmp_path: Pa
     assert (tmp_path / "model" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["nan", "shape", "missing", "untied"])
+NAMED = {"untied": "lm_head.weight", "head only": "model.embed_tokens.weight has shape None"}
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "missing", "untied", "head only"])
 def test_a_wrong_export_is_refused(models: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -230,9 +273,11 @@ def test_a_wrong_export_is_refused(models: tuple[Path, Path], tmp_path: Path, da
         weights["model.norm.weight"] = torch.ones(5)
     elif damage == "missing":
         del weights["model.norm.weight"]
-    else:
+    elif damage == "untied":
         weights["lm_head.weight"] += 1
+    else:
+        del weights["model.embed_tokens.weight"]
     save_file(weights, models[1] / "model.safetensors")
-    with pytest.raises(StageFailed, match="lm_head.weight" if damage == "untied" else "model.norm.weight"):
+    with pytest.raises(StageFailed, match=NAMED.get(damage, "model.norm.weight")):
         export_model(models[1], models[0], tmp_path / "model")
     assert not (tmp_path / "model").exists()

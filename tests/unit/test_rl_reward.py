@@ -56,7 +56,6 @@ def test_the_prompts_own_box_is_never_graded() -> None:
 
 def test_prompts_are_found_though_decoded_differently() -> None:
     assert response_of("Question: 1 +1?\nAnswer: 2", "Question: 1+1?\nAnswer:") == " 2"
-    assert response_of("what is 3+4?\nAnswer: 7", "Question: what is 3+4?\nAnswer:") == " 7"
     with pytest.raises(ValueError, match="does not begin"):
         response_of("something else entirely", PROMPT)
 

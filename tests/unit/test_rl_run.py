@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from megatron_octo.config.load import parse_config
 from megatron_octo.config.rl import RLStageConfig
-from megatron_octo.errors import CertificateError, ConfigError, DataError, StageFailed
+from megatron_octo.errors import CertificateError, ConfigError, DataError, EnvironmentProblem, StageFailed
+from megatron_octo.files import hold
 from megatron_octo.rl import run as rl_run
+from megatron_octo.rl.directory import RunDirectory, complete_mark
 from megatron_octo.rl.run import train_rl
 from megatron_octo.rl.tokens import read_tokenizer
 from megatron_octo.rl.twin import launch
@@ -111,6 +114,18 @@ def test_a_directory_keeps_its_settings(tmp_path: Path, model: Path, no_driver: 
     assert len(no_driver) == 2
 
 
+def test_a_run_that_is_not_whole_is_not_finished(tmp_path: Path, model: Path) -> None:
+    config = stage(tmp_path)
+    run = RunDirectory.of(config, "long", certified(model))
+    run.prepare()
+    trained = run.files[0].model
+    trained.mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
+    complete_mark(run.files[0]).touch()
+    assert "0 of 3 rollouts" in run.finish()
+    assert not run.done_file.exists() and not complete_mark(run.files[0]).exists()
+
+
 def test_a_finished_run_is_not_done_again(tmp_path: Path, model: Path, no_driver: list) -> None:
     with pytest.raises(StageFailed):
         train_rl(stage(tmp_path), certify=certified)
@@ -177,6 +192,70 @@ def test_a_crash_shows_the_logs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StageFailed, match=r"code 1: .*ValueError: no more memory"):
         launch.run_driver(tmp_path / "job.json", log, 60, lambda: None)
     assert not alive(int(log.read_text().split()[0]))
+
+
+def a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> str:
+    """A module that stands for OpenRLHF's, on the path of this process and its children."""
+    (tmp_path / "openrlhf_stub.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(rl_run, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    return "openrlhf_stub"
+
+
+def test_a_cluster_job_gets_its_arguments_and_gives_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = a_job(monkeypatch, tmp_path, "import sys; print(sys.argv[1:], __name__); sys.exit(3)")
+    log = tmp_path / "log"
+    assert rl_run._one_job(module, ["--a", "1"], log, time.monotonic() + 60, lambda: None) == 3
+    assert log.read_text().split("\n")[0] == "['--a', '1'] __main__"
+
+
+def test_a_cluster_jobs_time_is_told_and_no_other_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True)"
+    module = a_job(monkeypatch, tmp_path, f"{deaf}; time.sleep(60)")
+    monkeypatch.setattr(rl_run, "_SECONDS_TO_LEAVE", 0.2)
+    monkeypatch.setattr(rl_run, "MODULE", module)
+
+    class Run:
+        def __init__(self, name: str) -> None:
+            self.label, self.out = name, tmp_path / name
+            self.out.mkdir()
+
+        def job(self) -> dict:
+            return {"stages": [{"arguments": [], "complete": str(self.out / "complete")}]}
+
+    runs = [Run("long"), Run("short")]
+    config = stage(tmp_path).model_copy(update={"timeout_minutes": 3 / 60})
+    with pytest.raises(StageFailed, match="did not end within 0.05 minutes"):
+        rl_run._on_cluster(config, runs, lambda: None)
+    assert not alive(int((tmp_path / "long" / "openrlhf.log").read_text()))
+    assert not (tmp_path / "short" / "openrlhf.log").exists()
+
+
+def test_a_cluster_job_ends_with_a_killed_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = a_job(monkeypatch, tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    log = tmp_path / "log"
+    code = (
+        "import sys, time; from pathlib import Path; from megatron_octo.rl.run import _one_job; "
+        f"_one_job({module!r}, [], Path({str(log)!r}), time.monotonic() + 60, lambda: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    while alive(int(log.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_directory_has_one_writer(tmp_path: Path, model: Path, no_driver: list) -> None:
+    with hold(tmp_path / "long"), pytest.raises(EnvironmentProblem, match=f"process {os.getpid()}"):
+        train_rl(stage(tmp_path), certify=certified)
+    assert not no_driver and not (tmp_path / "long" / "prompts.jsonl").exists()
 
 
 def test_left_directories_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,13 @@ def test_without_torchrun_one_process_cannot_be_two(torchrun):
         groups.initialize(ParallelConfig(data=2), seed=0)
 
 
+def test_a_process_without_a_gpu_of_its_own_is_refused(torchrun):
+    torchrun(LOCAL_RANK=1)
+    assert groups._local_device(2) == 1
+    with pytest.raises(EnvironmentProblem, match="local rank 1 has no GPU: this machine shows 1"):
+        groups._local_device(1)
+
+
 def test_a_port_in_use_is_named(torchrun):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

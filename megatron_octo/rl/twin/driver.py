@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_octo.files import write_text
 from megatron_octo.rl.parser import parse
-from megatron_octo.rl.prompts import write_text
 from megatron_octo.rl.twin import client, nursery, patches
 
 PRELOADED = (

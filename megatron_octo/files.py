@@ -1,0 +1,129 @@
+"""Files that are there completely or not at all, their hashes, and one writer to a directory."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+LOCK = ".lock"
+"""File of a directory that its one writer holds; its text is that process's id."""
+
+_CHUNK = 1 << 22
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_directory(directory: Path) -> str:
+    """SHA-256 over the names and contents of a directory's files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        digest.update(f"{path.name}\0{hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value made of JSON's types, hexadecimal; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a written file, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step; a reader or a crash sees the old content or the new, never a part.
+
+    When this returns the file survives a power cut. Its directory is made if missing. One process at a time may write
+    a file: the next attempt overwrites what a killed one left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush_to_disk(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step, see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON for people and machines, completely or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def hold(directory: Path, patience: float = 0.0) -> IO[str]:
+    """Claim a directory for this process; the kernel lets go when the process ends, however it ends.
+
+    Args:
+        directory: made if missing.
+        patience: seconds to wait for another holder to let go.
+
+    Returns:
+        The open lock file: a context manager; keep it open as long as the directory is written to.
+
+    Raises:
+        BlockingIOError: another process holds it; the error's `strerror` is that process's id.
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = (directory / LOCK).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                lock.seek(0)
+                with lock:
+                    raise BlockingIOError(error.errno, lock.read().strip() or "unknown") from None
+            time.sleep(0.1)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process holds a directory now; changes nothing."""
+    try:
+        with (directory / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
