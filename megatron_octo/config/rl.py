@@ -6,6 +6,7 @@ default, as each field says.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,13 +168,24 @@ class RLStageConfig(Strict):
     runs: dict[str, RLRun] = Field(min_length=1)
     target: Literal["cpu", "cluster"] = Field(default="cpu", description="cpu: OpenRLHF's CPU twin on this machine")
     max_parallel: int = Field(default=3, gt=0, description="runs at the same time on the CPU")
-    timeout_minutes: float = Field(default=60, gt=0, description="the whole stage; longer is a failure")
+    timeout_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="the whole stage; longer is a failure; by default 60 on a CPU, no limit on a cluster",
+    )
 
     @model_validator(mode="after")
     def _outputs_differ(self) -> RLStageConfig:
         if len({run.out for run in self.runs.values()}) < len(self.runs):
             raise ValueError("runs: two runs write to one directory")
         return self
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long to wait; without end for a cluster whose file names no limit."""
+        if self.timeout_minutes is None:
+            return 3600.0 if self.target == "cpu" else math.inf
+        return self.timeout_minutes * 60
 
     def resolved(self, label: str) -> RLConfig:
         """The settings of one run.

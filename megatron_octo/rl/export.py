@@ -27,17 +27,23 @@ def export_model(trained: Path, start: Path, out: Path) -> None:
         out: directory to make; replaced if it exists.
 
     Raises:
-        StageFailed: the trained weights do not match the starting model's names or shapes, or are not finite.
+        StageFailed: the trained weights do not match the starting model's names or shapes, or are not finite, or
+            there is no room for them.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weights = _load(trained)
     _untie(weights, _load(start), trained)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-    save_file(weights, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-    _state_dtype(temporary / "config.json", weights)
+    try:
+        shutil.copytree(start, temporary, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+        save_file(weights, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        _state_dtype(temporary / "config.json", weights)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StageFailed(f"{out}: the model could not be written ({error})", fix="make room for it") from error
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
 

@@ -117,7 +117,7 @@ def _on_cpu(config: RLStageConfig, runs: list[RunDirectory], look: Callable[[], 
         }
         write_json(temporary / "job.json", job)
         try:
-            run_driver(temporary / "job.json", log, config.timeout_minutes * 60, look)
+            run_driver(temporary / "job.json", log, config.timeout_seconds, look)
         finally:
             errors = {run.label: error for run in runs if (error := run.outcome()) is not None}
             if errors:
@@ -127,13 +127,14 @@ def _on_cpu(config: RLStageConfig, runs: list[RunDirectory], look: Callable[[], 
 
 def _keep_logs(temporary: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
-    for session in temporary.glob("session_2*"):
-        shutil.copytree(session / "logs", out, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    with contextlib.suppress(OSError):  # the logs explain a failure: where the disk is full they must not hide it
+        for session in temporary.glob("session_2*"):
+            shutil.copytree(session / "logs", out, dirs_exist_ok=True, ignore_dangling_symlinks=True)
 
 
 def _on_cluster(config: RLStageConfig, runs: list[RunDirectory], look: Callable[[], None]) -> dict[str, str]:
     """One OpenRLHF job after the other, on the Ray cluster around this process or, without one, this machine's GPUs."""
-    deadline = time.monotonic() + config.timeout_minutes * 60
+    deadline = time.monotonic() + config.timeout_seconds
     errors: dict[str, str] = {}
     for run in runs:
         log = run.out / "openrlhf.log"
@@ -141,7 +142,7 @@ def _on_cluster(config: RLStageConfig, runs: list[RunDirectory], look: Callable[
             code = _one_job(MODULE, stage["arguments"], log, deadline, look)
             if code is None:
                 raise StageFailed(
-                    f"reinforcement did not end within {config.timeout_minutes:g} minutes; log: {log}",
+                    f"reinforcement did not end within {config.timeout_seconds / 60:g} minutes; log: {log}",
                     fix="raise timeout_minutes, or shorten the runs; started again, they go on",
                 )
             if code:
