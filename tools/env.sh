@@ -21,7 +21,7 @@ octo_find_python() {
             return
         fi
     done
-    octo_fail "Python 3.11 or 3.12 is needed, found $(${PYTHON:-python3} --version 2>&1 || true); fix: install it, or set PYTHON=/path/to/python3.11"
+    octo_fail "Python 3.11 or 3.12 is needed, found $({ ${PYTHON:-python3} --version 2>&1 || true; } | head -n 1); fix: install it, or set PYTHON=/path/to/python3.11"
 }
 
 octo_marked() { # the requirements marked "#:$1", e.g. nodeps

@@ -17,7 +17,7 @@ from megatron_octo.checkpoint.store import (
 )
 from megatron_octo.config.load import differences, dump_config, parse_config
 from megatron_octo.config.run import ModelConfig, RunConfig
-from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record
 
@@ -53,9 +53,16 @@ def plan_start(run: RunConfig) -> Start:
         ConfigError: the run exists and differs in a field that may not change, or a branch does not continue
             its parent.
         CheckpointError: a pointer, parent or checkpoint is not there.
+        DataError: a new run's tokenizer is not there.
     """
     if has_checkpoint(run.out):
         return _resume(run)
+    if not run.data.tokenizer.is_dir():
+        raise DataError(
+            f"data.tokenizer = {run.data.tokenizer}: no such directory",
+            "the trained model is exported with the tokenizer of its data",
+            "name the one that `octo data build` wrote or used",
+        )
     if run.start.fork is not None:
         return _fork(run)
     if run.start.checkpoint is not None:
