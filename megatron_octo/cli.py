@@ -313,7 +313,7 @@ def main() -> None:
         app()
     except OctoError as error:
         _fail(error)
-    except OSError as error:
+    except Exception as error:
         problem = machine_problem(error)
         if problem is None:
             raise

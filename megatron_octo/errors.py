@@ -7,6 +7,8 @@ and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
+import re
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -73,29 +75,32 @@ class StageFailed(OctoError):
     exit_code = 7
 
 
-def machine_problem(error: OSError) -> EnvironmentProblem | None:
-    """What a failed file operation means to the user; None where it is not theirs to mend.
+def machine_problem(error: Exception) -> EnvironmentProblem | None:
+    """What a failed file operation means to the user; None for any other error, and where it is not theirs to mend.
 
     Args:
-        error: as the system raised it, from any depth of a command.
+        error: as it was raised, at any depth of a command: by the system, or by a library that only quotes the
+            system's number, as tokenizers and safetensors do.
     """
-    place = f"{error.filename}: " if error.filename else ""
-    reason = (error.strerror or str(error)).lower()
-    if error.errno in _FULL:
-        return no_space(error.filename)
-    if error.errno in _FORBIDDEN:
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(quoted[1]) if quoted else 0
+    place = f"{name}: " if (name := getattr(error, "filename", None)) else ""
+    if number in _FULL:
+        return no_space(name, os.strerror(number).lower())
+    if number in _FORBIDDEN:
+        reason = os.strerror(number).lower()
         return EnvironmentProblem(f"{place}{reason}", fix="choose a place this user may read and write")
-    if error.errno in _A_FILE:
+    if number in _A_FILE:
         return EnvironmentProblem(f"{place}a file stands where a directory is needed", fix="name another place")
-    if error.errno == errno.EISDIR:
+    if number == errno.EISDIR:
         return EnvironmentProblem(f"{place}is a directory, and a file is needed", fix="name another place")
     return None
 
 
-def no_space(place: object = None) -> EnvironmentProblem:
-    """A full disk; `place` is a path on it where one is known."""
+def no_space(place: object = None, reason: str = "no space left on device") -> EnvironmentProblem:
+    """A full disk, a quota or a limit; `place` is a path there where one is known."""
     return EnvironmentProblem(
-        f"{place}: no space left on the disk" if place else "no space left on the disk",
+        f"{place}: {reason}" if place else reason,
         "what was finished before is untouched",
-        "free some, then run the same command again",
+        "make room, then run the same command again",
     )

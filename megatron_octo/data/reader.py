@@ -13,7 +13,7 @@ from megatron_octo.config.run import DataConfig
 from megatron_octo.data.indexed import Index, read_index
 from megatron_octo.data.mixture import Order, order, shares, windows_per_epoch
 from megatron_octo.data.source import SourceDataset
-from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,8 @@ def build_train_dataset(data: DataConfig, sequences: int, cache: Path) -> TrainD
 
     Raises:
         DataError: a source is missing, damaged, or has fewer tokens than one window needs.
-        ConfigError: a seed outside 0 .. 2^32 - 1.
         EnvironmentProblem: megatron-core's compiled helper is missing.
     """
-    if not 0 <= data.seed < 2**32:
-        raise ConfigError(f"data.seed = {data.seed}", "the shuffle takes 0 to 2^32 - 1", "choose another seed")
     share = shares(data)
     indices = {name: _open(data, name) for name in share}
     windows = order(list(share.values()), sequences)

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 from megatron_octo.errors import OctoError, StageFailed, machine_problem
+from megatron_octo.units import parse_tokens
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,17 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         from megatron_octo.train.api import load_run
-        from megatron_octo.units import parse_tokens
 
         run = load_run(options.run, options.overrides)
-        until = None if options.until is None else parse_tokens(options.until)
         from megatron_octo.train.loop import train
 
-        train(run, until)
+        train(run, options.until)
     except OctoError as error:
         return _report(error)
     except Exception as error:
-        problem = machine_problem(error) if isinstance(error, OSError) else None
+        problem = machine_problem(error)
         if problem is not None:
             return _report(problem)
         traceback.print_exc()
@@ -62,7 +61,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m megatron_octo.train", description="One rank of a training run.")
     parser.add_argument("run", type=Path, help="run file (YAML)")
     parser.add_argument("overrides", nargs="*", help="dotted.key=value overrides")
-    parser.add_argument("--until", help="stop, with a checkpoint, at this token position of the run, e.g. 40K")
+    parser.add_argument(
+        "--until", type=parse_tokens, help="stop, with a checkpoint, at this token position of the run, e.g. 40K"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

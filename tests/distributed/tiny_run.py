@@ -66,7 +66,7 @@ def values(folder: Path) -> dict:
 
 
 def write_run(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     write_data(folder)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values(folder)))

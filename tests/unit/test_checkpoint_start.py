@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -24,7 +25,7 @@ def values(out, **more):
         "dtype": "fp32",
         "model": {"layers": 2, "hidden": 32, "heads": 4, "kv_groups": 2, "ffn": 64, "vocabulary": 91},
         "data": {
-            "tokenizer": "tok",
+            "tokenizer": str(Path(__file__).parent),  # any directory
             "mixture": {"web": {"path": "web", "weight": 0.7}, "math": {"path": "math", "weight": 0.3}},
             "sequence_length": 32,
         },

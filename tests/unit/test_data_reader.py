@@ -17,7 +17,7 @@ from megatron_octo.data import mixture
 from megatron_octo.data.indexed import bin_path, read_index, write_indexed
 from megatron_octo.data.mixture import check_vocabulary, shares
 from megatron_octo.data.reader import TrainDataset, build_train_dataset, windows
-from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
+from megatron_octo.errors import DataError, EnvironmentProblem
 
 LENGTH = 16
 UNIQUE = 70_000  # above 16 bit, so that each token of a source can have a number of its own
@@ -170,13 +170,11 @@ def test_too_long_a_sequence_names_the_source(folder: Path, tmp_path: Path) -> N
         build_train_dataset(_data(folder, length=tokens, web=1, tiny=1), 2, tmp_path)
 
 
-def test_truncated_source_and_bad_seed(folder: Path, tmp_path: Path) -> None:
+def test_truncated_source(tmp_path: Path) -> None:
     write_indexed(tmp_path / "web", [[1, 2, 3]] * 50, UNIQUE)
     bin_path(tmp_path / "web").write_bytes(b"\0" * 300)
     with pytest.raises(DataError, match="web.bin is damaged: 300 bytes"):
         build_train_dataset(_data(tmp_path, web=1), 2, tmp_path / "cache")
-    with pytest.raises(ConfigError, match="data.seed = -1"):
-        build_train_dataset(_data(folder, seed=-1, web=1), 2, tmp_path)
 
 
 def test_vocabulary(tmp_path: Path) -> None:
