@@ -125,9 +125,8 @@ class Engine:
         clear = [line.removeprefix(ERROR_PREFIX).strip() for line in lines if line.startswith(ERROR_PREFIX)]
         ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         cause = clear[-1] if clear else f"{ending}: {lines[-1] if lines else 'it wrote nothing'}"
-        failure = StageFailed(
-            f"stage '{run.stage.name}': {cause}", f"log: {log}", "mend it and run the same command again"
-        )
+        fix = "" if "fix: " in cause else "mend it and run the same command again"
+        failure = StageFailed(f"stage '{run.stage.name}': {cause}", f"log: {log}", fix)
         failure.exit_code = code if clear and code > 0 else failure.exit_code
         return failure
 
