@@ -249,7 +249,7 @@ def test_an_interrupted_command_goes_on_when_given_again(
     octo: Octo, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     command = [sys.executable, "-m", "megatron_octo.cli", "data", "build", "data.yaml", "--out", "my data"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=_heed_interrupts)
     while not (tmp_path / "my data" / "build.json").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -260,6 +260,10 @@ def test_an_interrupted_command_goes_on_when_given_again(
     assert not (tmp_path / "my data" / "manifest.json").exists() and _leftovers(tmp_path) == []
     assert octo("data", "build", "data.yaml", "--out", "my data")[0] == 0
     assert octo("data", "verify", "my data")[0] == 0
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a script inherits a deaf ear
 
 
 def _leftovers(directory: Path) -> list[Path]:
