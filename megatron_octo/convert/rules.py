@@ -1,19 +1,18 @@
 """The rules a mapping table is made of: how one Megatron tensor and its Hugging Face tensors become each other.
 
-A rule is data (names, with `{layer}` for the layer number, and axis names) and two pure functions that are each
-other's inverse: `import_` takes the Hugging Face tensors to the Megatron tensor, `export` takes it back. Axis
-names are those of `Geometry`: hidden, attention (all query heads), dim (one head), ffn.
+A conversion moves rows and computes nothing. So a rule is data: names (with `{layer}` for the layer number), axis
+names, and one list that says which rows of which Hugging Face tensor lie in the Megatron tensor, in order. Shapes
+follow from that list, and import and export are its two readings (`views`). Axis names are those of `Geometry`:
+hidden, attention (all query heads), dim (one head), ffn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_octo.config.run import ModelConfig
 
 LAYER = "{layer}"
@@ -57,24 +56,61 @@ class Geometry:
         return tuple(getattr(self, axis) for axis in axes)
 
 
+class Rows(NamedTuple):
+    """A run of rows of a Megatron tensor.
+
+    Args:
+        source: index into the rule's `sources`, or None for rows of zeros that only Megatron has.
+        start: first row in that source.
+        count: number of rows.
+    """
+
+    source: int | None
+    start: int
+    count: int
+
+
 class _Rule:
     """What all rules share."""
 
     __slots__ = ()
+
+    sources: tuple[str, ...]
+    axes: tuple[str, ...]
+
+    def rows(self, size: Geometry) -> list[Rows]:
+        """The Megatron tensor from its first row to its last; all that distinguishes the rules."""
+        raise NotImplementedError
+
+    def rest(self, size: Geometry) -> Shape:
+        """Sizes of the axes after the rows, the same on both sides."""
+        return size.shape(self.axes)
+
+    def megatron_shape(self, size: Geometry) -> Shape:
+        """Shape of the Megatron tensor."""
+        return (sum(piece.count for piece in self.rows(size)), *self.rest(size))
+
+    def source_shapes(self, size: Geometry) -> tuple[Shape, ...]:
+        """Shapes of the Hugging Face tensors, in the order of `sources`."""
+        counts = [0] * len(self.sources)
+        for piece in self.rows(size):
+            if piece.source is not None:
+                counts[piece.source] += piece.count
+        return tuple((count, *self.rest(size)) for count in counts)
+
+    def shared_rows(self, size: Geometry) -> int:
+        """Number of leading rows of the Megatron tensor that Hugging Face has too; padding follows them."""
+        return sum(piece.count for piece in self.rows(size) if piece.source is not None)
+
+    def stored(self, size: Geometry) -> bool:
+        """Whether a model of this geometry stores the tensor at all."""
+        return True
 
     def at(self, layer: int) -> Self:
         """The same rule for one layer: `{layer}` replaced in every name."""
         names = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         numbered = {key: name.replace(LAYER, str(layer)) for key, name in names.items() if isinstance(name, str)}
         return replace(self, **numbered)  # type: ignore[type-var]
-
-    def stored(self, size: Geometry) -> bool:
-        """Whether a model of this geometry stores the tensor at all."""
-        return True
-
-    def comparable(self, tensor: Tensor, size: Geometry) -> Tensor:
-        """The part of a Megatron tensor that Hugging Face has too."""
-        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +120,7 @@ class Rename(_Rule):
     Args:
         megatron: name in the Megatron checkpoint.
         source: name in the Hugging Face directory.
-        axes: names of its axes.
+        axes: names of all its axes, the rows first.
     """
 
     megatron: str
@@ -93,24 +129,16 @@ class Rename(_Rule):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Hugging Face names, in the order `import_` takes their tensors."""
+        """Hugging Face names."""
         return (self.source,)
 
-    def megatron_shape(self, size: Geometry) -> Shape:
-        """Shape of the Megatron tensor."""
-        return size.shape(self.axes)
+    def rest(self, size: Geometry) -> Shape:
+        """Sizes of the axes after the rows."""
+        return size.shape(self.axes[1:])
 
-    def source_shapes(self, size: Geometry) -> tuple[Shape, ...]:
-        """Shapes of the Hugging Face tensors, in the order of `sources`."""
-        return (size.shape(self.axes),)
-
-    def import_(self, tensors: Sequence[Tensor], size: Geometry) -> Tensor:
-        """Hugging Face tensors -> Megatron tensor."""
-        return tensors[0]
-
-    def export(self, tensor: Tensor, size: Geometry) -> tuple[Tensor, ...]:
-        """Megatron tensor -> Hugging Face tensors."""
-        return (tensor,)
+    def rows(self, size: Geometry) -> list[Rows]:
+        """All rows as they are."""
+        return [Rows(0, 0, *size.shape(self.axes[:1]))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +146,7 @@ class FusedQKV(_Rule):
     """Query, key and value in one tensor, group by group: [q heads of the group | k | v] for each KV group.
 
     Args:
-        megatron: name in the Megatron checkpoint.
+        megatron: name in the Megatron checkpoint, `[(heads + 2 groups) * dim, ...]`.
         query: name of the query projection, `[heads * dim, ...]`.
         key: name of the key projection, `[groups * dim, ...]`.
         value: name of the value projection, `[groups * dim, ...]`.
@@ -133,32 +161,13 @@ class FusedQKV(_Rule):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Hugging Face names, in the order `import_` takes their tensors."""
+        """Hugging Face names: query, key, value."""
         return (self.query, self.key, self.value)
 
-    def megatron_shape(self, size: Geometry) -> Shape:
-        """Shape of the Megatron tensor: `[(heads + 2 groups) * dim, ...]`."""
-        return ((size.heads + 2 * size.groups) * size.dim, *size.shape(self.axes))
-
-    def source_shapes(self, size: Geometry) -> tuple[Shape, ...]:
-        """Shapes of the Hugging Face tensors, in the order of `sources`."""
-        rest, small = size.shape(self.axes), size.groups * size.dim
-        return (size.attention, *rest), (small, *rest), (small, *rest)
-
-    def import_(self, tensors: Sequence[Tensor], size: Geometry) -> Tensor:
-        """Hugging Face tensors -> Megatron tensor."""
-        import torch
-
-        rest = tensors[0].shape[1:]
-        by_group = [tensor.reshape(size.groups, -1, *rest) for tensor in tensors]
-        return torch.cat(by_group, dim=1).reshape(-1, *rest)
-
-    def export(self, tensor: Tensor, size: Geometry) -> tuple[Tensor, ...]:
-        """Megatron tensor -> Hugging Face tensors."""
-        rest, per_group = tensor.shape[1:], size.heads // size.groups * size.dim
-        by_group = tensor.reshape(size.groups, -1, *rest)
-        parts = by_group.split((per_group, size.dim, size.dim), dim=1)
-        return tuple(part.reshape(-1, *rest) for part in parts)
+    def rows(self, size: Geometry) -> list[Rows]:
+        """For each KV group the rows of its query heads, of its key and of its value."""
+        widths = (size.heads // size.groups * size.dim, size.dim, size.dim)
+        return [Rows(part, group * width, width) for group in range(size.groups) for part, width in enumerate(widths)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +175,7 @@ class GatedPair(_Rule):
     """The two input projections of a gated MLP, one above the other: [gate ; up].
 
     Args:
-        megatron: name in the Megatron checkpoint.
+        megatron: name in the Megatron checkpoint, `[2 ffn, ...]`.
         gate: name of the projection that goes through the activation, `[ffn, ...]`.
         up: name of the projection it multiplies, `[ffn, ...]`.
         axes: the axes after the rows; `()` for a bias.
@@ -179,27 +188,12 @@ class GatedPair(_Rule):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Hugging Face names, in the order `import_` takes their tensors."""
+        """Hugging Face names: gate, up."""
         return (self.gate, self.up)
 
-    def megatron_shape(self, size: Geometry) -> Shape:
-        """Shape of the Megatron tensor: `[2 ffn, ...]`."""
-        return (2 * size.ffn, *size.shape(self.axes))
-
-    def source_shapes(self, size: Geometry) -> tuple[Shape, ...]:
-        """Shapes of the Hugging Face tensors, in the order of `sources`."""
-        half = (size.ffn, *size.shape(self.axes))
-        return half, half
-
-    def import_(self, tensors: Sequence[Tensor], size: Geometry) -> Tensor:
-        """Hugging Face tensors -> Megatron tensor."""
-        import torch
-
-        return torch.cat(tuple(tensors))
-
-    def export(self, tensor: Tensor, size: Geometry) -> tuple[Tensor, ...]:
-        """Megatron tensor -> Hugging Face tensors."""
-        return tuple(tensor.split(size.ffn))
+    def rows(self, size: Geometry) -> list[Rows]:
+        """The gate's rows, then the other's."""
+        return [Rows(0, 0, size.ffn), Rows(1, 0, size.ffn)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,32 +214,13 @@ class VocabPadded(_Rule):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Hugging Face names, in the order `import_` takes their tensors."""
+        """Hugging Face names."""
         return (self.source,)
 
-    def megatron_shape(self, size: Geometry) -> Shape:
-        """Shape of the Megatron tensor: `[padded, ...]`."""
-        return (size.padded, *size.shape(self.axes))
-
-    def source_shapes(self, size: Geometry) -> tuple[Shape, ...]:
-        """Shapes of the Hugging Face tensors, in the order of `sources`."""
-        return ((size.vocabulary, *size.shape(self.axes)),)
-
-    def import_(self, tensors: Sequence[Tensor], size: Geometry) -> Tensor:
-        """Hugging Face tensors -> Megatron tensor."""
-        import torch
-
-        rows = tensors[0]
-        padding = rows.new_zeros((size.padded - size.vocabulary, *rows.shape[1:]))
-        return torch.cat((rows, padding))
-
-    def export(self, tensor: Tensor, size: Geometry) -> tuple[Tensor, ...]:
-        """Megatron tensor -> Hugging Face tensors."""
-        return (self.comparable(tensor, size),)
-
-    def comparable(self, tensor: Tensor, size: Geometry) -> Tensor:
-        """The rows of real tokens."""
-        return tensor[: size.vocabulary]
+    def rows(self, size: Geometry) -> list[Rows]:
+        """The rows of tokens, then those of none."""
+        padding = size.padded - size.vocabulary
+        return [Rows(0, 0, size.vocabulary)] + [Rows(None, 0, padding)] * bool(padding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ ALLOWED = {
     "errors": set(),
     "units": {"errors"},
     "files": set(),
+    "locations": {"errors"},
+    "publish": {"errors", "files", "locations"},
     "progress": {"errors", "units"},
     "config": {"errors", "units"},
     "schedule": {"config"},
@@ -27,7 +29,7 @@ ALLOWED = {
 }
 ALLOWED["campaign"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)
-EVERYWHERE = {"errors", "units", "files", "__version__"}
+EVERYWHERE = {"errors", "units", "files", "locations", "publish", "__version__"}
 
 HEAVY = {
     "megatron": {"model", "runtime", "checkpoint", "train", "convert", "data"},
