@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megatron_octo.config.base import Seed, Strict
 from megatron_octo.units import Tokens
@@ -28,9 +28,13 @@ class RopeScaling(Strict):
 
 
 class ModelConfig(Strict):
-    """A decoder-only transformer in the terms of its family (Llama: RMSNorm, SwiGLU, GQA, RoPE)."""
+    """A decoder-only transformer of one family.
 
-    family: Literal["llama"] = "llama"
+    All have RMSNorm, SwiGLU, grouped queries and RoPE. Qwen2 (and Qwen2.5) adds biases to query, key and value;
+    Qwen3 adds a norm over each query head and each key head.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3"] = "llama"
     layers: int = Field(gt=0)
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -50,12 +54,32 @@ class ModelConfig(Strict):
         """Dimension of one head."""
         return self.head_dim or self.hidden // self.heads
 
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether query, key and value have biases; no other projection has one."""
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each query head and each key head is normalised before it is rotated."""
+        return self.family == "qwen3"
+
+    @field_validator("head_dim")
+    @classmethod
+    def _derived_is_not_stated(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
+        """One value for one model: None where hidden / heads says it, so that equal models compare equal."""
+        hidden, heads = info.data.get("hidden"), info.data.get("heads")
+        return None if head_dim and hidden and heads and head_dim * heads == hidden else head_dim
+
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
-        if self.head_dim is None and self.hidden % self.heads:
+        if self.hidden % self.heads and (self.head_dim is None or self.family == "llama"):
+            # transformers refuses such a Llama even where the head dimension is given.
             raise ValueError(f"hidden {self.hidden} is not divisible by heads {self.heads}")
         if self.heads % self.kv_groups:
             raise ValueError(f"heads {self.heads} is not divisible by kv_groups {self.kv_groups}")
+        if self.dim % 2:
+            raise ValueError(f"head dimension {self.dim} is odd: RoPE rotates pairs")
         return self
 
 

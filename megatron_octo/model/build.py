@@ -101,10 +101,10 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec |
     from megatron_octo.model.layers import RMSNorm
 
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer_spec()] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[_local_layer_spec(config)] * count, layer_norm=RMSNorm)
 
 
-def _local_layer_spec() -> ModuleSpec:
+def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """megatron-core's local layer with our norm and attention; checkpoint keys stay those of TransformerEngine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -113,5 +113,8 @@ def _local_layer_spec() -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

@@ -8,8 +8,7 @@ from megatron_octo.config.run import ModelConfig
 def parameter_count(model: ModelConfig) -> int:
     """Parameters as published: without padded vocabulary rows, tied embeddings counted once."""
     embeddings = model.vocabulary * model.hidden * (1 if model.tied_embeddings else 2)
-    norms = (2 * model.layers + 1) * model.hidden
-    return embeddings + norms + model.layers * _layer_matrices(model)
+    return embeddings + model.hidden + model.layers * (_layer_matrices(model) + _layer_vectors(model))
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -34,3 +33,10 @@ def _layer_matrices(model: ModelConfig) -> int:
     """Weights of one layer's matrices: q, k, v; output; gate, up, down."""
     attention = model.hidden * model.dim * (2 * model.heads + 2 * model.kv_groups)
     return attention + 3 * model.hidden * model.ffn
+
+
+def _layer_vectors(model: ModelConfig) -> int:
+    """Weights of one layer that are no matrices: its two norms, and what the family adds."""
+    biases = model.dim * (model.heads + 2 * model.kv_groups) if model.qkv_bias else 0
+    head_norms = 2 * model.dim if model.qk_norm else 0
+    return 2 * model.hidden + biases + head_norms

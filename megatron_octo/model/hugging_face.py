@@ -7,6 +7,8 @@ what it does not know. What megatron-core 0.16.1 cannot express is refused, neve
 
 from __future__ import annotations
 
+import reprlib
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_octo.config.load import parse_config
@@ -27,16 +29,49 @@ _MUST_BE = {
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),
     "quantization_config": (None,),
+    "num_experts": (None,),
+    "num_local_experts": (None,),
+    "use_mrope": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "original_max_position_embeddings": (None, 8192),
+    "dual_chunk_attention_config": (None,),
 }
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What is particular about one family's config.json.
+
+    Args:
+        architecture: transformers' class of the causal language model.
+        absent: what transformers takes for a key that is not there, where the families differ.
+        written: keys of this family alone, with the one value they can have here.
+        ignored: keys of `_MUST_BE` that transformers does not read in this family.
+    """
+
+    architecture: str
+    absent: dict[str, Any]
+    written: dict[str, Any]
+    ignored: tuple[str, ...] = ()
+
+
+_NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_FAMILIES = {
+    "llama": _Family(
+        "LlamaForCausalLM", {"max_position_embeddings": 2048}, {"attention_bias": False, "mlp_bias": False}
+    ),
+    "qwen2": _Family("Qwen2ForCausalLM", _QWEN, _NO_WINDOW, ignored=("attention_bias",)),
+    "qwen3": _Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, {"attention_bias": False, **_NO_WINDOW}),
+}
 
 
 def from_hf_config(values: dict[str, Any]) -> ModelConfig:
-    """Read a Llama's config.json.
+    """Read the config.json of a Llama, Qwen2 (also Qwen2.5) or Qwen3.
 
     Args:
-        values: its content. Keys it leaves out have the defaults of transformers' LlamaConfig.
+        values: its content. Keys it leaves out have the defaults of the family's class in transformers.
 
     Returns:
         The model.
@@ -44,58 +79,66 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: another architecture, a missing size, or a setting that cannot be trained faithfully.
     """
-    _check_family(values)
+    family = _check_family(values)
+    values = {**family.absent, **values}
+    _check_settings(values, family)
     missing = [key for key in _REQUIRED.values() if values.get(key) is None]
     if missing:
         raise ConfigError(f"{_WHERE}: key '{missing[0]}' is missing", "the model's sizes are needed", "add it")
     sizes = {name: values[key] for name, key in _REQUIRED.items()}
-    rope = _read_rope(values)
-    own_dimension = values.get("head_dim")
-    derived = sizes["hidden"] // sizes["heads"] if sizes["heads"] else None
-    return parse_config(
+    groups = values.get("num_key_value_heads")
+    model = parse_config(
         ModelConfig,
         {
+            "family": values["model_type"],
             **sizes,
-            **rope,
-            "kv_groups": values.get("num_key_value_heads") or sizes["heads"],
-            "head_dim": None if own_dimension == derived else own_dimension,
-            "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
+            **_read_rope(values),
+            "kv_groups": sizes["heads"] if groups is None else groups,
+            "head_dim": values.get("head_dim"),
+            "tied_embeddings": values.get("tie_word_embeddings") or False,
             "norm_epsilon": values.get("rms_norm_eps", 1e-6),
             "init_std": values.get("initializer_range", 0.02),
-            "max_positions": values.get("max_position_embeddings", 2048),
+            "max_positions": values["max_position_embeddings"],
         },
         _WHERE,
     )
+    _check_windows(values, model)
+    return model
 
 
 def to_hf_config(
-    model: ModelConfig, dtype: str, *, bos: int | None = None, eos: int | None = None, pad: int | None = None
+    model: ModelConfig,
+    dtype: str,
+    *,
+    bos: int | None = None,
+    eos: int | list[int] | None = None,
+    pad: int | None = None,
 ) -> dict[str, Any]:
     """Write a config.json that transformers 4 and 5, vLLM and OpenRLHF read.
 
     Args:
         model: the model.
-        dtype: "fp32" or "bf16", the type of the saved tensors.
+        dtype: of the saved tensors, in torch's words: "float32", "bfloat16" or "float16".
         bos: id of the token that begins a text, if there is one.
-        eos: id of the token that ends a document.
+        eos: id of the token that ends a document, or several that do.
         pad: id used to fill batches.
 
     Returns:
         Plain values, ready for json.
     """
+    family = _FAMILIES[model.family]
     scaling = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": model.family,
         **{key: getattr(model, name) for name, key in _REQUIRED.items()},
         "num_key_value_heads": model.kv_groups,
         "head_dim": model.dim,
         "hidden_act": "silu",
-        "attention_bias": False,
+        **family.written,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
         "rms_norm_eps": model.norm_epsilon,
         "initializer_range": model.init_std,
         "max_position_embeddings": model.max_positions,
@@ -103,8 +146,8 @@ def to_hf_config(
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_theta},
-        "torch_dtype": _DTYPES[dtype],
-        "dtype": _DTYPES[dtype],
+        "torch_dtype": dtype,
+        "dtype": dtype,
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": pad,
@@ -112,45 +155,75 @@ def to_hf_config(
     }
 
 
-def _check_family(values: dict[str, Any]) -> None:
-    architectures = values.get("architectures") or ["LlamaForCausalLM"]
-    if values.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+def _refuse(key: str, value: Any, rule: str, fix: str = "convert a model without it") -> ConfigError:
+    return ConfigError(f"{_WHERE}: {key} = {reprlib.repr(value)}", rule, fix)
+
+
+def _check_family(values: dict[str, Any]) -> _Family:
+    kind = values.get("model_type")
+    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    architectures = values.get("architectures") or [family and family.architecture]
+    if family is None or architectures != [family.architecture]:
+        known = ", ".join(each.architecture for each in _FAMILIES.values())
         raise ConfigError(
-            f"{_WHERE}: model_type = {values.get('model_type')!r}, architectures = {architectures!r}",
-            "only LlamaForCausalLM can be converted",
-            "start from a Llama, e.g. meta-llama/Llama-3.2-1B",
+            f"{_WHERE}: model_type = {kind!r}, architectures = {architectures!r}",
+            f"only {known} can be converted",
+            "start from one of these, e.g. meta-llama/Llama-3.2-1B or Qwen/Qwen2.5-1.5B",
         )
+    return family
+
+
+def _check_settings(values: dict[str, Any], family: _Family) -> None:
     for key, allowed in _MUST_BE.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise ConfigError(
-                f"{_WHERE}: {key} = {values[key]!r}",
-                f"only {allowed[0]!r} can be trained faithfully here",
-                "convert a model without it",
-            )
+        if key not in family.ignored and values.get(key, allowed[0]) not in allowed:
+            raise _refuse(key, values[key], f"only {allowed[0]!r} can be trained faithfully here")
+
+
+def _check_windows(values: dict[str, Any], model: ModelConfig) -> None:
+    """Every layer must see the whole text. Qwen's files state a window that their switch leaves unused."""
+    kinds, window = values.get("layer_types"), values.get("sliding_window")
+    if kinds not in (None, ["full_attention"] * model.layers):
+        raise _refuse("layer_types", kinds, f"each of the {model.layers} layers has 'full_attention' here")
+    if window is not None and values.get("use_sliding_window", model.family == "llama"):
+        raise _refuse("sliding_window", window, "every layer has full attention here")
 
 
 def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or values.get("rope_theta") or 10_000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    for place in (rope, values):
-        if place.get("partial_rotary_factor", 1.0) not in (1.0, None):
-            raise ConfigError(
-                f"{_WHERE}: partial_rotary_factor = {place['partial_rotary_factor']!r}", "Llama rotates all"
-            )
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        raise ConfigError(
-            f"{_WHERE}: rope type = {kind!r}",
-            "megatron-core 0.16.1 as used here knows 'default' and 'llama3'",
-            "convert a model with one of these",
-        )
-    for key, fixed in _LLAMA3.items():
-        if rope.get(key) != fixed:
-            raise ConfigError(
-                f"{_WHERE}: rope {key} = {rope.get(key)!r}",
-                f"megatron-core 0.16.1 fixes it at {fixed}: other values would be rotated wrongly",
-                "only the factor may differ from Llama 3's",
-            )
-    return {"rope_theta": theta, "rope_scaling": {"factor": rope.get("factor")}}
+    stated = {key: values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)}
+    read = [_one_rope(key, rope, values.get("rope_theta")) for key, rope in stated.items()]
+    if len(read) == 2 and read[0] != read[1]:
+        raise _refuse(
+            "rope_parameters", values["rope_parameters"], f"rope_scaling = {values['rope_scaling']!r} says otherwise",
+            "remove the wrong one: transformers 4 and 5 would rotate differently",
+        )  # fmt: skip
+    return read[0] if read else _one_rope("rope_parameters", {}, values.get("rope_theta"))
+
+
+def _one_rope(spelling: str, rope: Any, outer_theta: float | None) -> dict[str, Any]:
+    """What `rope_parameters` or `rope_scaling` says, as fields of ModelConfig; theta may stand outside of it."""
+    if not isinstance(rope, dict):
+        raise _refuse(spelling, rope, "it is a mapping of RoPE settings")
+    kind, *others = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None] or ["default"]
+    if kind not in ("default", "llama3") or others not in ([], [kind]):
+        known = "megatron-core 0.16.1 as used here knows 'default' and 'llama3'"
+        raise _refuse("rope type", " and ".join(map(str, (kind, *others))), known, "convert a model with one of these")
+    theta = next(value for value in (rope.get("rope_theta"), outer_theta, 10_000.0) if value is not None)
+    if outer_theta not in (None, theta):
+        raise _refuse("rope_theta", outer_theta, f"{spelling} says {theta!r}", "remove the wrong one")
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+    if scaling.pop("partial_rotary_factor", None) not in (1.0, None):
+        raise _refuse("partial_rotary_factor", rope["partial_rotary_factor"], "the whole of a head is rotated here")
+    factor = None
+    if kind == "llama3":
+        factor = {"factor": scaling.pop("factor", None)}
+        for key, fixed in _LLAMA3.items():
+            if scaling.pop(key, None) != fixed:
+                raise _refuse(
+                    f"rope {key}", rope.get(key),
+                    f"megatron-core 0.16.1 fixes it at {fixed}: other values would be rotated wrongly",
+                    "only the factor may differ from Llama 3's",
+                )  # fmt: skip
+    unknown = [key for key, value in scaling.items() if value is not None]
+    if unknown:
+        raise _refuse(f"rope {unknown[0]}", rope[unknown[0]], f"RoPE of type {kind!r} has no such setting here")
+    return {"rope_theta": theta, "rope_scaling": factor}

@@ -46,7 +46,7 @@ DRAWINGS = {
     "mlp.linear_fc1.weight": Drawing(0, parts=2),
     "mlp.linear_fc2.weight": Drawing(1, residual=True),
 }
-"""Kinds of weights by the end of their name; norms are not drawn but set to one."""
+"""Kinds of weights by the end of their name; norms are not drawn but set to one, and biases to zero."""
 
 _NORM = re.compile(r"(layernorm\.weight|layer_norm_weight)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -66,7 +66,7 @@ def initialise(chunk: GPTModel, model: ModelConfig, seed: int | None) -> None:
     group = chunk.pg_collection.tp
     with torch.no_grad():
         for name, weight in chunk.named_parameters():
-            if seed is None:
+            if seed is None or name.endswith(".bias"):
                 weight.zero_()
             elif _NORM.search(name):
                 weight.fill_(1.0)

@@ -18,11 +18,12 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm, computed in fp32.
 
     megatron-core's own torch norm refuses sequence parallelism; this one marks its weight so that
-    the gradient is summed over the tensor-parallel group.
+    the gradient is summed over the tensor-parallel group. Also the norm of query and key heads, whose gradients
+    megatron-core sums over that group by their names.
 
     Args:
         config: megatron-core's configuration.
-        hidden_size: width h of the input [..., h].
+        hidden_size: width h of the input [..., h]; the head dimension for queries and keys.
         eps: added to the mean square.
     """
 
@@ -33,7 +34,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise [s, b, h] over h."""
+        """Normalise [..., h] over h."""
         normed = functional.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
         return self.weight * normed.to(hidden.dtype)
 

@@ -13,6 +13,8 @@ from megatron_octo.runtime.launch import launch
 
 HERE = Path(__file__).parent
 TIED, UNTIED = {"tied_embeddings": True}, {"tied_embeddings": False}
+QWEN2, QWEN3 = {"family": "qwen2", "kv_groups": 2}, {"family": "qwen3", "kv_groups": 2}
+SHORT = 3  # steps: a norm over eight values magnifies rounding, twentyfold by the fifth step
 SMALL = {"vocabulary": 50}  # padded to 128: with TP2 one rank holds nothing but padding
 
 SINGLE = {
@@ -21,6 +23,8 @@ SINGLE = {
     "single bf16": {"model": SMALL, "dtype": "bf16"},
     "single small vocabulary": {"model": SMALL},
     "single plain optimizer": {"model": TIED, "parallel": {"distributed_optimizer": False}},
+    "single qwen2": {"model": QWEN2, "steps": SHORT},
+    "single qwen3": {"model": QWEN3, "steps": SHORT},
 }
 TWO = {
     "TP2": ({"parallel": {"tensor": 2}}, "single"),
@@ -35,7 +39,15 @@ TWO = {
     "TP2 small vocabulary": ({"parallel": {"tensor": 2}, "model": SMALL}, "single small vocabulary"),
     "TP2 SP bf16": ({"parallel": {"tensor": 2, "sequence": True}, "model": SMALL, "dtype": "bf16"}, "single bf16"),
 }
-FOUR = {"TP2 PP2 SP": ({"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}, "single")}
+CUT = {"tensor": 2, "pipeline": 2, "sequence": True}
+FOUR = {
+    "TP2 PP2 SP": ({"parallel": CUT}, "single"),
+    "TP2 PP2 SP qwen2": ({"parallel": CUT, "model": QWEN2, "steps": SHORT}, "single qwen2"),
+    "TP2 PP2 SP qwen3": ({"parallel": CUT, "model": QWEN3, "steps": SHORT}, "single qwen3"),
+    # More ranks than KV groups: two ranks share a key, its bias and its norm.
+    "TP4 qwen2": ({"parallel": {"tensor": 4}, "model": QWEN2, "steps": SHORT}, "single qwen2"),
+    "TP4 qwen3": ({"parallel": {"tensor": 4}, "model": QWEN3, "steps": SHORT}, "single qwen3"),
+}
 
 FP32_TOLERANCE = 2e-6
 BF16_TOLERANCE = 5e-2  # rounding to 8 bits, grown over five steps; the first loss is held to 1e-3

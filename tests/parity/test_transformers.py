@@ -1,4 +1,4 @@
-"""Our megatron-core model against transformers' LlamaForCausalLM: logits and losses in fp32."""
+"""Our megatron-core model against that of transformers, for each family: logits and losses in fp32."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_octo.checkpoint.tensors import read
 from megatron_octo.config.run import ModelConfig, ParallelConfig
+from megatron_octo.convert.rules import Geometry
+from megatron_octo.convert.tables import megatron_shapes, table_of
+from megatron_octo.convert.views import AsMegatron
 from megatron_octo.model.build import build_gpt
 from megatron_octo.model.facts import parameter_count
 from megatron_octo.model.hugging_face import to_hf_config
@@ -18,6 +24,11 @@ from megatron_octo.model.translate import padded_vocabulary
 from megatron_octo.runtime.groups import initialize_single, shutdown
 
 BASE = {"layers": 3, "hidden": 64, "heads": 8, "kv_groups": 2, "ffn": 176, "vocabulary": 384}
+FAMILIES = ["llama", "qwen2", "qwen3"]
+NORMS = (  # the tables name the norms as checkpoints do; in the local layer they are modules of their own
+    ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+)
 TOLERANCE = 1e-5
 FIGURES: dict[str, dict[str, float]] = {}
 
@@ -36,46 +47,46 @@ def world():
         target.write_text(json.dumps(FIGURES, indent=1))
 
 
-def reference(model: ModelConfig) -> LlamaForCausalLM:
-    """transformers' model with random weights, the norms' too."""
+def reference(model: ModelConfig) -> PreTrainedModel:
+    """transformers' model with random weights, those of norms and biases too."""
     torch.manual_seed(3)
-    config = LlamaConfig(**to_hf_config(model, "fp32"), attn_implementation="sdpa")
-    theirs = LlamaForCausalLM(config).eval()
+    config = AutoConfig.for_model(**to_hf_config(model, "float32"))
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.normal_(1.0, 0.2) if weight.dim() == 1 else weight.normal_(0.0, 0.06)
+        for name, weight in theirs.named_parameters():
+            mean, spread = (1.0, 0.2) if "norm" in name else (0.0, 0.4 if name.endswith("bias") else 0.06)
+            weight.normal_(mean, spread)
     return theirs
 
 
-def fused(state: dict, layer: str, model: ModelConfig) -> torch.Tensor:
-    """q, k, v -> per KV group its query heads, its key, its value."""
-    groups = [state[f"{layer}.self_attn.{kind}_proj.weight"].view(model.kv_groups, -1, model.hidden) for kind in "qkv"]
-    return torch.cat(groups, dim=1).reshape(-1, model.hidden)
+class Weights:
+    """A state dict of transformers as a source of tensors."""
+
+    where = "transformers"
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape) for name, weight in self.state.items()}
+
+    def dtype(self, name: str) -> str:
+        return str(self.state[name].dtype).removeprefix("torch.")
+
+    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
+        out.copy_(self.state[name][start : start + len(out)])
 
 
-def translated(state: dict, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """transformers' weights under megatron-core's names."""
-    padding = padded_vocabulary(model.vocabulary) - model.vocabulary
-    # Padded rows are filled with large values: nothing of them may reach a loss or a real logit.
-    pad = torch.full((padding, model.hidden), 3.0)
-    weights = {
-        "embedding.word_embeddings.weight": torch.cat([state["model.embed_tokens.weight"], pad]),
-        "decoder.final_layernorm.weight": state["model.norm.weight"],
-    }
-    if not model.tied_embeddings:
-        weights["output_layer.weight"] = torch.cat([state["lm_head.weight"], pad])
-    for number in range(model.layers):
-        theirs, ours = f"model.layers.{number}", f"decoder.layers.{number}"
-        mlp = [state[f"{theirs}.mlp.{kind}_proj.weight"] for kind in ("gate", "up")]
-        weights |= {
-            f"{ours}.self_attention.linear_qkv.weight": fused(state, theirs, model),
-            f"{ours}.self_attention.linear_proj.weight": state[f"{theirs}.self_attn.o_proj.weight"],
-            f"{ours}.mlp.linear_fc1.weight": torch.cat(mlp),
-            f"{ours}.mlp.linear_fc2.weight": state[f"{theirs}.mlp.down_proj.weight"],
-            f"{ours}.input_layernorm.weight": state[f"{theirs}.input_layernorm.weight"],
-            f"{ours}.pre_mlp_layernorm.weight": state[f"{theirs}.post_attention_layernorm.weight"],
-        }
-    return weights
+def translated(state: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """transformers' weights through the family's table, under the local layer's names."""
+    size = Geometry.of(model, padded_vocabulary(model.vocabulary))
+    source = AsMegatron(table_of(model.family), size, Weights(state))
+    weights = {name: read(source, name) for name in source.shapes()}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in weights:
+            # Padded rows are filled with large values: nothing of them may reach a loss or a real logit.
+            weights[name][model.vocabulary :] = 3.0
+    return {name.replace(*NORMS[0]).replace(*NORMS[1]): weight for name, weight in weights.items()}
 
 
 def build(model: ModelConfig, dtype: str = "fp32", seed: int | None = None) -> torch.nn.Module:
@@ -118,6 +129,10 @@ CASES = {
     "padded vocabulary 312 tied": {"vocabulary": 312, "tied_embeddings": True},
     "padded vocabulary 312 untied": {"vocabulary": 312, "tied_embeddings": False},
     "one KV head, wide heads": {"heads": 4, "kv_groups": 1, "head_dim": 32},
+    "qwen2 untied": {"family": "qwen2", "tied_embeddings": False, "vocabulary": 312, "norm_epsilon": 1e-6},
+    "qwen2 tied, a KV head for each": {"family": "qwen2", "kv_groups": 8, "rope_theta": 1e6},
+    "qwen3 untied, narrow model": {"family": "qwen3", "tied_embeddings": False, "head_dim": 16, "norm_epsilon": 1e-2},
+    "qwen3 tied, one KV head": {"family": "qwen3", "kv_groups": 1, "vocabulary": 312, "rope_scaling": {"factor": 8}},
 }
 
 
@@ -163,20 +178,37 @@ def test_bf16_stays_close_and_finite():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameter_count_is_that_of_the_built_model(tied):
-    model = ModelConfig(**{**BASE, "vocabulary": 312, "tied_embeddings": tied})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameter_count_is_that_of_the_built_model(family, tied):
+    model = ModelConfig(**{**BASE, "family": family, "vocabulary": 312, "tied_embeddings": tied})
     padding = (padded_vocabulary(312) - 312) * model.hidden * (1 if tied else 2)
     built = sum(weight.numel() for weight in build(model).parameters())
     assert parameter_count(model) == built - padding
     assert parameter_count(model) == sum(weight.numel() for weight in reference(model).parameters())
 
 
-def test_initial_weights_depend_on_seed_and_name_alone():
-    model = ModelConfig(**BASE)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_hold_what_the_table_names(family, tied):
+    """Names and shapes as megatron-core saves the built model, against the table that conversion goes by."""
+    model = ModelConfig(**{**BASE, "family": family, "vocabulary": 312, "tied_embeddings": tied})
+    described = build(model).sharded_state_dict(metadata={"non_homogeneous_layers": True})  # as checkpoint.sharded asks
+    apply_factories(described)
+    stored = [part for part in nested_values(described) if isinstance(part, ShardedTensor)]
+    size = Geometry.of(model, padded_vocabulary(model.vocabulary))
+    assert {part.key: part.global_shape for part in stored} == megatron_shapes(table_of(family), size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_weights_depend_on_seed_and_name_alone(family):
+    model = ModelConfig(**BASE, family=family)
     first, again, other = (dict(build(model, seed=seed).named_parameters()) for seed in (1, 1, 2))
     drawn = [name for name, weight in first.items() if weight.dim() == 2]
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    vectors = {name: weight for name, weight in first.items() if weight.dim() == 1}
+    assert all((weight == (0 if name.endswith("bias") else 1)).all() for name, weight in vectors.items())
+    assert len(vectors) == 2 * model.layers + 1 + {"llama": 0, "qwen2": 1, "qwen3": 2}[family] * model.layers
     layers = [first[f"decoder.layers.{number}.mlp.linear_fc1.weight"] for number in range(2)]
     assert not torch.equal(*layers)
     assert first["decoder.layers.0.mlp.linear_fc1.weight"].std().item() == pytest.approx(0.02, rel=0.03)
