@@ -1,4 +1,4 @@
-"""What surrounds the weights in a Hugging Face directory: configuration, tokenizer, generation settings, publication.
+"""A Hugging Face directory: how its weights are opened, and its configuration, tokenizer and generation settings.
 
 Nothing in a directory is ever executed: Python files are not copied, a model's `auto_map` is ignored, and a tokenizer
 that names code of its own is refused, because OpenRLHF loads tokenizers with leave to run such code.
@@ -6,17 +6,20 @@ that names code of its own is refused, because OpenRLHF loads tokenizers with le
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import reprlib
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_octo.checkpoint.tensors import TensorSource
 from megatron_octo.config.run import ModelConfig
-from megatron_octo.convert.safetensors_io import read_json
-from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.convert.pickled import PickledDirectory
+from megatron_octo.convert.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
+from megatron_octo.convert.shards import read_json
+from megatron_octo.errors import DataError
 from megatron_octo.files import write_json
+from megatron_octo.locations import Location, local_copy, reaching
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -26,8 +29,14 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Every file a tokenizer may consist of; whatever is there is copied."""
+ASSET_FILES = (
+    *TOKENIZER_FILES, GENERATION_FILE,
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY", "USE_POLICY.txt", "USE_POLICY.md",
+    "NOTICE", "NOTICE.txt", "NOTICE.md",
+)  # fmt: skip
+"""What travels with a model from format to format: tokenizer, generation settings, and what its licence asks for."""
 TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-"""Those of them that say which id a piece of text has."""
+"""Those of a tokenizer's files that say which id a piece of text has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,23 @@ class TokenizerFacts:
         return asdict(self)
 
 
-def tokenizer_facts(directory: Path) -> TokenizerFacts:
+def open_weights(directory: Location, allow_pickle: bool = False) -> TensorSource:
+    """The weights of a model directory.
+
+    Args:
+        directory: holds safetensors, or, where they are allowed, pickled weights.
+        allow_pickle: read pickled weights where there are no safetensors. Nothing in them is ever run.
+
+    Raises:
+        DataError: see `SafetensorsDirectory` and `PickledDirectory`.
+        EnvironmentProblem: a remote directory cannot be reached.
+    """
+    with reaching(directory):
+        safe = any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    return PickledDirectory(directory) if allow_pickle and not safe else SafetensorsDirectory(directory)
+
+
+def tokenizer_facts(directory: Location) -> TokenizerFacts:
     """Load a tokenizer the way the RL stage and evaluation will, and take its special ids.
 
     Args:
@@ -52,18 +77,10 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts:
 
     Raises:
         DataError: `AutoTokenizer` cannot load it, it names code of its own, or it has no end-of-text token.
+        EnvironmentProblem: a remote directory cannot be reached.
     """
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise DataError(f"{directory}: holds no tokenizer", fix="name a directory with tokenizer.json")
-    settings = directory / TOKENIZER_CONFIG_FILE
-    if settings.is_file() and "auto_map" in read_json(settings):
-        raise DataError(f"{settings}: names code of its own (auto_map)", "model directories run no code", "remove it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a damaged file
-        raise DataError(f"{directory}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    with local_copy(directory, (*TOKENIZER_FILES, CONFIG_FILE)) as here:
+        tokenizer = _load_tokenizer(here, str(directory))
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"{directory}: the tokenizer has no end-of-text token",
@@ -73,14 +90,40 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts:
     return TokenizerFacts(size, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _load_tokenizer(directory: Path, where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not found:
+        raise DataError(f"{where}: holds no tokenizer", fix="name a directory with tokenizer.json")
+    _refuse_code(directory, found)
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(f"{where}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
 
 
-def different_files(one: Path, other: Path, names: Iterable[str]) -> list[str]:
+def copy_assets(source: Location, target: Path, names: Iterable[str] = ASSET_FILES) -> None:
+    """Copy what travels with a model beside its weights, as it is; never Python.
+
+    Args:
+        source: a model directory, or what was copied from one.
+        target: made if missing; stays away where there is nothing to copy.
+        names: those of `ASSET_FILES` that are wanted.
+
+    Raises:
+        DataError: a file names code of its own; nothing is copied.
+        EnvironmentProblem: a remote source cannot be reached.
+    """
+    with reaching(source):
+        found = [name for name in names if (source / name).is_file()]
+        _refuse_code(source, found)
+        for name in found:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((source / name).read_bytes())
+
+
+def different_files(one: Location, other: Location, names: Iterable[str]) -> list[str]:
     """Which of the named files two directories do not hold alike; one that both lack is alike.
 
     JSON is compared by what it says, so that a file written anew with other indentation is the same.
@@ -88,30 +131,38 @@ def different_files(one: Path, other: Path, names: Iterable[str]) -> list[str]:
     return [name for name in names if _content(one / name) != _content(other / name)]
 
 
-def _content(path: Path) -> object:
-    if not path.is_file():
-        return None
-    return read_json(path) if path.suffix == ".json" else path.read_bytes()
-
-
 def write_configuration(directory: Path, model: ModelConfig, dtype: str, tokens: TokenizerFacts) -> None:
-    """Write `config.json` and `generation_config.json` with the tokenizer's special ids in both.
+    """Write `config.json` and `generation_config.json` with the same special ids in both.
+
+    A model may stop at more tokens than its tokenizer's end of text: those a carried `generation_config.json` lists
+    are kept if that token is among them, else it alone counts.
 
     Args:
-        directory: the model directory.
+        directory: the model directory. The other settings of a `generation_config.json` in it are kept.
         model: the architecture.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         tokens: the tokenizer's facts.
+
+    Raises:
+        DataError: the carried file is damaged.
     """
     from megatron_octo.model.hugging_face import to_hf_config
 
-    values = to_hf_config(model, dtype, bos=tokens.bos, eos=tokens.eos, pad=tokens.pad)
-    write_json(directory / CONFIG_FILE, values)
-    ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
-    write_json(directory / GENERATION_FILE, {key: value for key, value in ids.items() if value is not None})
+    path = directory / GENERATION_FILE
+    carried = read_json(path) if path.is_file() else {}
+    stops = _ids(carried.get("eos_token_id"), path)
+    stops = stops if tokens.eos in stops else [tokens.eos]
+    ids = {
+        "bos": carried.get("bos_token_id") if tokens.bos is None else tokens.bos,
+        "eos": stops if len(stops) > 1 else stops[0],
+        "pad": carried.get("pad_token_id") if tokens.pad is None else tokens.pad,
+    }
+    write_json(directory / CONFIG_FILE, to_hf_config(model, dtype, **ids))
+    stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
+    write_json(path, {**carried, **stated})
 
 
-def read_model(directory: Path) -> ModelConfig:
+def read_model(directory: Location) -> ModelConfig:
     """The architecture a directory's `config.json` states.
 
     Raises:
@@ -124,43 +175,36 @@ def read_model(directory: Path) -> ModelConfig:
 
 
 def end_of_text(directory: Path) -> dict[str, Any]:
-    """The end-of-text id by each file that states one; `agree` when all three are the same single id."""
-    stated = {
-        "tokenizer": tokenizer_facts(directory).eos,
-        "config": read_json(directory / CONFIG_FILE).get("eos_token_id"),
-        "generation_config": read_json(directory / GENERATION_FILE).get("eos_token_id"),
-    }
-    return {**stated, "agree": len({str(value) for value in stated.values()}) == 1}
+    """The end-of-text id or ids by each file that states them.
 
-
-@contextmanager
-def publishing(target: Path) -> Iterator[Path]:
-    """Build a directory under a temporary name beside its target and rename it when all went well.
-
-    Args:
-        target: must not exist. What a killed conversion left under the temporary name is removed first.
-
-    Raises:
-        ConfigError: the target exists.
+    Returns:
+        `tokenizer`, `config`, `generation_config`; and `agree`: the two configurations say the same, and the
+        tokenizer's id is among what they say.
     """
-    refuse_existing(target)
-    partial = target.parent / f".{target.name}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        refuse_existing(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = tokenizer_facts(directory).eos
+    config = read_json(directory / CONFIG_FILE).get("eos_token_id")
+    generation = read_json(directory / GENERATION_FILE).get("eos_token_id")
+    agree = config == generation and tokenizer in _ids(config, directory / CONFIG_FILE)
+    return {"tokenizer": tokenizer, "config": config, "generation_config": generation, "agree": agree}
 
 
-def refuse_existing(target: Path) -> None:
-    """Refuse to write over anything.
+def _ids(value: Any, path: Path) -> list[int]:
+    """Token ids as a list, from one, several or none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int for item in ids):
+        raise DataError(f"{path}: eos_token_id = {reprlib.repr(value)}", "it is a token's id or a list of them")
+    return ids
 
-    Raises:
-        ConfigError: the target exists.
-    """
-    if target.exists() or target.is_symlink():
-        raise ConfigError(f"{target}: already exists", "a conversion never writes over another", "name another target")
+
+def _refuse_code(directory: Location, names: Collection[str]) -> None:
+    for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
+        if name in names and "auto_map" in read_json(directory / name):
+            raise DataError(
+                f"{directory / name}: names code of its own (auto_map)", "model directories run no code", "remove it"
+            )
+
+
+def _content(path: Location) -> object:
+    if not path.is_file():
+        return None
+    return read_json(path) if path.name.endswith(".json") else path.read_bytes()

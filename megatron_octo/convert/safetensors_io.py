@@ -1,22 +1,27 @@
-"""Weights as safetensors: read lazily from a directory, written shard by shard as tensors arrive.
+"""Weights in safetensors files: a directory of them as a source of tensors, and a writer that takes any source.
 
-Only safetensors is read. Pickled weights can run code when they are opened, so they are refused unopened.
+The files' headers are read by our own code, because rows are read by offset, from this machine or from a URL, and
+nothing is mapped: mapped pages count as this process's memory. A header is believed only where all of it fits.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo.convert.rules import Shape
+from megatron_octo.checkpoint.tensors import BLOCK_BYTES, Shape, TensorSource, row_blocks
+from megatron_octo.convert.shards import gather
+from megatron_octo.convert.shards import read_json as read_json
 from megatron_octo.errors import DataError
 from megatron_octo.files import write_json
+from megatron_octo.locations import Location, reaching, read_range
+from megatron_octo.publish import Partial
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,217 +30,246 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Largest shard by default, as `transformers` writes them."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The dtypes of weights, with the bytes of one element."""
 
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_HEADER_LIMIT = 100_000_000
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_AGAIN = "copy the file again"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor's bytes lie."""
+
+    file: Location
+    start: int
+    """Offset of its first byte in the file."""
+    shape: Shape
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape[1:])
+
+    @property
+    def end(self) -> int:
+        """Offset behind its last byte."""
+        return self.start + ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
 class SafetensorsDirectory:
-    """The weights of one Hugging Face directory; use as a context manager.
+    """The weights of one Hugging Face directory, a source of tensors. It keeps no file open.
 
     Args:
         directory: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
 
     Raises:
         DataError: no weights, pickled weights only, a shard missing or damaged, or index and shards disagree.
+        EnvironmentProblem: a remote directory cannot be reached.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Location) -> None:
         self.where = str(directory)
-        self._directory = directory
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
-        self._shapes: dict[str, Shape] = {}
-        self.dtypes: dict[str, str] = {}
-        """safetensors' name of each tensor's dtype, e.g. "BF16"."""
-        try:
-            self._open()
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def __enter__(self) -> SafetensorsDirectory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with reaching(directory):
+            _refuse_pickled(directory)
+            self._stored = gather(directory, SINGLE_FILE, INDEX_FILE, read_header)
+        self._shapes = {name: stored.shape for name, stored in self._stored.items()}
 
     def shapes(self) -> Mapping[str, Shape]:
-        """Shape of every tensor, from the files' headers."""
+        """Shape of every tensor, shard by shard, in the order of their bytes."""
         return self._shapes
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on CPU."""
-        return self._file_of[name].get_tensor(name)
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor, torch's name without the prefix."""
+        return self._stored[name].dtype
 
-    def _open(self) -> None:
-        listed = _weight_map(self._directory)
-        for shard in sorted(set(listed.values())) if listed else [SINGLE_FILE]:
-            self._open_shard(shard, listed)
-        absent = [name for name in listed or () if name not in self._file_of]
-        if absent:
-            raise DataError(
-                f"{self._directory / INDEX_FILE}: lists {absent[0]}, which no shard holds",
-                "the index and the shards must agree", "copy the directory again",
-            )  # fmt: skip
-
-    def _open_shard(self, shard: str, listed: Mapping[str, str] | None) -> None:
-        path = self._directory / shard
-        opened = self._stack.enter_context(_open_safetensors(path))
-        for name in opened.keys():  # noqa: SIM118 - not a mapping
-            if name in self._file_of:
-                raise DataError(f"{path}: holds {name}, which another shard holds too", "each tensor is stored once")
-            if listed is not None and listed.get(name) != shard:
-                raise DataError(f"{path}: holds {name}, which {INDEX_FILE} does not place there")
-            view = opened.get_slice(name)
-            self._file_of[name] = opened
-            self._shapes[name] = tuple(view.get_shape())
-            self.dtypes[name] = view.get_dtype()
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """Read rows `start` to `start + len(out)` of a tensor into `out`, see `TensorSource.fill`."""
+        stored = self._stored[name]
+        read_range(stored.file, stored.start + start * stored.row_bytes, raw_bytes(out))
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A tensor to be written: name, shape and dtype (torch's name without the prefix, e.g. "bfloat16")."""
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, to be read from or written into."""
+    import torch
 
-    name: str
-    shape: Shape
-    dtype: str
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        count = {"float32": 4}.get(self.dtype, 2)
-        for length in self.shape:
-            count *= length
-        return count
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def write_safetensors(
-    directory: Path, plan: list[Planned], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
-) -> list[str]:
-    """Write tensors as they come, holding one at a time.
+def read_header(path: Location) -> dict[str, Stored]:
+    """Find the tensors of a safetensors file.
 
     Args:
-        directory: exists; receives `model.safetensors`, or shards and their index.
-        plan: every tensor in the order in which `tensors` yields them: the headers are written first.
-        tensors: (name, tensor) pairs; a tensor is cast to the planned dtype.
+        path: the file: 8 bytes of length (little-endian), that many bytes of JSON, then the tensors' bytes.
+
+    Returns:
+        The tensors by name, in the order of their bytes.
+
+    Raises:
+        DataError: anything in its header that does not fit the file exactly; names the tensor.
+    """
+    size = path.stat().st_size
+    head = bytearray(8)
+    if size >= len(head):
+        read_range(path, 0, memoryview(head))
+    length = struct.unpack("<Q", head)[0]
+    if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+        limit = f"the file has {size} bytes, and a header at most {_HEADER_LIMIT}"
+        raise DataError(f"{path}: not a safetensors file (a header of {length} bytes)", limit, _AGAIN)
+    text = bytearray(length)
+    read_range(path, 8, memoryview(text))
+    found = {name: _stored(path, 8 + length, name, entry) for name, entry in _entries(path, text).items()}
+    found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+    end, before = 8 + length, "the header"
+    for name, stored in found.items():
+        if stored.start != end:
+            fault = "overlaps with" if stored.start < end else "lies behind a hole after"
+            raise DataError(f"{path}: {name} {fault} {before}", "tensors lie one behind the other", _AGAIN)
+        end, before = stored.end, name
+    if end != size:
+        fault = f"{before} ends at byte {end}, the file at {size}"
+        raise DataError(f"{path}: {fault}", "the last tensor ends where the file does", _AGAIN)
+    return found
+
+
+def write_safetensors(partial: Partial, source: TensorSource, shard_bytes: float = SHARD_BYTES) -> list[str]:
+    """Write all tensors of a source in its order, a block at a time.
+
+    Args:
+        partial: receives `model.safetensors`, or shards and their index. A shard that is finished there is kept.
+        source: float32, bfloat16 or float16 tensors.
         shard_bytes: a shard that would grow over this is closed; a larger tensor gets its own.
 
     Returns:
-        The names of the files written.
+        The names of the files.
 
     Raises:
-        DataError: a dtype safetensors files of ours do not hold.
-        ValueError: the stream does not follow the plan.
+        DataError: a dtype that weights do not have; nothing is written.
     """
-    shards = _split(plan, shard_bytes)
+    sizes = {name: _size(source, name) for name in source.shapes()}
+    shards = _split(sizes, shard_bytes)
     names = [SINGLE_FILE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    stream = iter(tensors)
     for file_name, shard in zip(names, shards, strict=True):
-        _write_shard(directory / file_name, shard, stream)
-    if next(stream, None) is not None:
-        raise ValueError("more tensors than planned")
+        if partial.finished(file_name) is None:
+            _write_shard(partial.directory / file_name, source, {name: sizes[name] for name in shard})
+            partial.finish(file_name, {"tensors": len(shard)})
     if len(shards) == 1:
         return names
-    weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
-    index = {"metadata": {"total_size": sum(item.bytes for item in plan)}, "weight_map": weight_map}
-    write_json(directory / INDEX_FILE, index)
+    weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    write_json(partial.directory / INDEX_FILE, index)
     return [*names, INDEX_FILE]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        DataError: missing, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing", fix="check the path, or copy the directory again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds {type(content).__name__}", "it must be a JSON object")
-    return content
-
-
-def _weight_map(directory: Path) -> dict[str, str] | None:
-    """Tensor name -> file of a sharded directory, None for one with a single file."""
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory", fix="name a Hugging Face model directory")
-    if (directory / INDEX_FILE).is_file():
-        listed = read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise DataError(f"{directory / INDEX_FILE}: has no weight_map")
-        outside = [name for name in listed.values() if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise DataError(f"{directory / INDEX_FILE}: names {outside[0]!r}", "shards lie beside their index")
-        return listed
-    if (directory / SINGLE_FILE).is_file():
-        return None
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+def _refuse_pickled(directory: Location) -> None:
+    """Tell that weights are there, but pickled; without opening them."""
+    if (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file() or not directory.is_dir():
+        return
+    pickled = sorted(path.name for path in directory.iterdir() if path.name.endswith(_PICKLED))
     if pickled:
         raise DataError(
             f"{directory}: holds pickled weights ({pickled[0]}) and no safetensors",
-            "opening a pickle can run code", "save the model again with safe_serialization=True",
+            "opening a pickle can run code", "save the model again with safe_serialization=True, or allow pickles",
         )  # fmt: skip
-    raise DataError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}", fix="name a model directory")
 
 
-def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+def _entries(path: Location, text: bytearray) -> dict[str, Any]:
+    """The header's JSON without its metadata; a name that comes twice is an error."""
 
-    if not path.is_file():
-        raise DataError(f"{path}: missing", f"{INDEX_FILE} names it", "copy the directory again, whole")
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{path}: its header names {twice} twice", "each tensor is stored once", _AGAIN)
+        return found
+
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a safetensors file ({error})", fix="copy the file again") from None
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a safetensors file (its header is not JSON: {error})", fix=_AGAIN) from None
+    if not isinstance(entries, dict):
+        raise DataError(f"{path}: not a safetensors file (its header is no JSON object)", fix=_AGAIN)
+    entries.pop("__metadata__", None)
+    return entries
 
 
-def _split(plan: list[Planned], shard_bytes: int) -> list[list[Planned]]:
-    shards: list[list[Planned]] = [[]]
-    for item in plan:
-        if shards[-1] and sum(held.bytes for held in shards[-1]) + item.bytes > shard_bytes:
+def _stored(path: Location, base: int, name: str, entry: Any) -> Stored:
+    fields = entry if isinstance(entry, dict) else {}
+    code, shape, ends = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not (isinstance(code, str) and _are_counts(shape) and _are_counts(ends) and len(ends) == 2):
+        raise DataError(f"{path}: the header's entry of {name} is damaged", "it has dtype, shape, data_offsets", _AGAIN)
+    if code not in _DTYPES:
+        raise DataError(f"{path}: {name} has dtype {code!r}", f"weights are one of {', '.join(_DTYPES)}")
+    stored = Stored(path, base + ends[0], tuple(shape), _DTYPES[code])
+    if stored.end != base + ends[1]:
+        raise DataError(f"{path}: {name} {shape} {code} does not fill bytes {ends[0]} to {ends[1]}", fix=_AGAIN)
+    return stored
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _size(source: TensorSource, name: str) -> int:
+    """Bytes of a tensor."""
+    dtype = source.dtype(name)
+    if dtype not in ITEM_BYTES:
+        raise DataError(f"{source.where}: {name} has dtype {dtype}", f"weights are one of {', '.join(ITEM_BYTES)}")
+    return ITEM_BYTES[dtype] * math.prod(source.shapes()[name])
+
+
+def _split(sizes: Mapping[str, int], shard_bytes: float) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > shard_bytes:
             shards.append([])
-        shards[-1].append(item)
+            held = 0
+        shards[-1].append(name)
+        held += size
     return shards
 
 
-def _write_shard(path: Path, shard: list[Planned], stream: Iterator[tuple[str, Tensor]]) -> None:
+def _write_shard(path: Path, source: TensorSource, sizes: Mapping[str, int]) -> None:
     with path.open("wb") as file:
-        file.write(_header(shard))
-        for planned in shard:
-            name, tensor = next(stream, (None, None))
-            if name is None or tensor is None:
-                raise ValueError(f"the stream ended where {planned.name} was planned")
-            if name != planned.name or tuple(tensor.shape) != planned.shape:
-                raise ValueError(f"{name} {list(tensor.shape)} came where {planned.name} {planned.shape} was planned")
-            file.write(_raw(tensor, planned.dtype))
+        file.write(_header(source, sizes))
+        for rows in _blocks(source, sizes):
+            file.write(raw_bytes(rows))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _header(shard: list[Planned]) -> bytes:
-    """The format's head: length (8 bytes, little-endian), JSON padded with blanks to a multiple of 8."""
+def _blocks(source: TensorSource, names: Iterable[str]) -> Iterator[Tensor]:
+    """The tensors' rows in order. All blocks lie in the same memory: fresh pages cost more time than the copy."""
+    import torch
+
+    buffer = torch.empty(0, dtype=torch.uint8)
+    for name in names:
+        shape, dtype = source.shapes()[name], source.dtype(name)
+        for start, count in row_blocks(shape, ITEM_BYTES[dtype]):
+            size = ITEM_BYTES[dtype] * count * math.prod(shape[1:])
+            if size > len(buffer):
+                buffer = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8)
+            rows = buffer[:size].view(getattr(torch, dtype)).view(count, *shape[1:])
+            source.fill(name, start, rows)
+            yield rows
+
+
+def _header(source: TensorSource, sizes: Mapping[str, int]) -> bytes:
+    """The format's head, its JSON padded with blanks to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for item in shard:
-        if item.dtype not in _DTYPE_NAMES:
-            raise DataError(f"{item.name}: dtype {item.dtype}", f"weights are one of {', '.join(_DTYPE_NAMES)}")
-        ends = [offset, offset + item.bytes]
-        entries[item.name] = {"dtype": _DTYPE_NAMES[item.dtype], "shape": list(item.shape), "data_offsets": ends}
-        offset += item.bytes
+    for name, size in sizes.items():
+        shape, code = list(source.shapes()[name]), _DTYPE_CODES[source.dtype(name)]
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _raw(tensor: Tensor, dtype: str) -> memoryview:
-    import torch
-
-    cast = tensor.detach().to(device="cpu", dtype=getattr(torch, dtype)).contiguous()
-    return cast.flatten().view(torch.uint8).numpy().data
