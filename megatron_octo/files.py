@@ -8,20 +8,45 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from megatron_octo.locations import reaching
+
+if TYPE_CHECKING:
+    from megatron_octo.locations import Location
 
 LOCK = ".lock"
 """File of a directory that its one writer holds; its text is that process's id."""
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Location) -> str:
     """SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_weights(path: Location) -> str:
+    """BLAKE3 of a file, hexadecimal: for files of gigabytes, where SHA-256 would take three times as long.
+
+    Args:
+        path: a local or a remote file.
+
+    Raises:
+        EnvironmentProblem: a remote file cannot be reached.
+        OSError: a local file cannot be read.
+    """
+    digest = blake3()
+    memory = memoryview(bytearray(_CHUNK))
+    with reaching(path), path.open("rb", buffering=0) if isinstance(path, Path) else path.open("rb") as file:
+        while count := file.readinto(memory):
+            digest.update(memory[:count])
     return digest.hexdigest()
 
 

@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_octo.errors import CheckpointError
-from megatron_octo.files import hash_file, write_text
+from megatron_octo.files import flush_to_disk, hash_file, hash_weights, write_text
+from megatron_octo.locations import reaching
+
+if TYPE_CHECKING:
+    from megatron_octo.locations import Location
 
 SEAL = "seal.json"
-_FORMAT = 1
-_BLOCK = 4 << 20
+_FORMAT = 2
 _THREADS = 8
 
 
-def seal(directory: Path) -> None:
+def seal(directory: Path, files: Iterable[str] | None = None, digests: Mapping[str, str] | None = None) -> None:
     """Make every file of a directory durable and write their hashes to `seal.json`, last.
 
     Args:
         directory: a complete checkpoint that nobody writes to any more.
+        files: names of what belongs to it; everything that is there if not given.
+        digests: BLAKE3 of files whose writer took it as it wrote them; these are not read again.
 
     Raises:
         OSError: a file cannot be read or synchronised to disk.
     """
-    files = _files(directory)
+    known = digests or {}
+
+    def entry(name: str) -> dict[str, Any]:
+        flush_to_disk(directory / name)
+        return _entry(directory / name, known.get(name))
+
+    names = sorted(set(files) - {SEAL}) if files is not None else _files(directory)
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = dict(zip(files, pool.map(lambda name: _entry(directory / name, durable=True), files), strict=True))
+        entries = dict(zip(names, pool.map(entry, names), strict=True))
     write_text(directory / SEAL, json.dumps({"format": _FORMAT, "files": entries}, indent=1) + "\n")
 
 
-def verify_seal(directory: Path) -> None:
+def verify_seal(directory: Location) -> None:
     """Check a checkpoint against its seal: the same files, sizes and hashes.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint, local or remote; every byte is read.
 
     Raises:
         CheckpointError: no seal, a damaged seal, or a file that is missing, foreign, cut short or altered.
+        EnvironmentProblem: a remote checkpoint cannot be reached.
     """
+    with reaching(directory):
+        _verify(directory)
+
+
+def _verify(directory: Location) -> None:
     expected = _read_seal(directory)
     present = _files(directory)
     for name in sorted(expected.keys() - set(present)):
@@ -55,31 +71,24 @@ def verify_seal(directory: Path) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, found in zip(present, pool.map(lambda name: _entry(directory / name), present), strict=True):
             if found != expected[name]:
-                raise _broken(directory / name, "has been altered: its SHA-256 differs from the sealed one")
+                raise _broken(directory / name, "has been altered: its BLAKE3 differs from the sealed one")
 
 
-def seal_digest(directory: Path) -> str:
+def seal_digest(directory: Location) -> str:
     """SHA-256 of the seal itself: one name for the whole content of a checkpoint."""
     return hash_file(directory / SEAL)
 
 
-def _files(directory: Path) -> list[str]:
+def _files(directory: Location) -> list[str]:
     found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(str(path.relative_to(directory)) for path in found if path != directory / SEAL)
+    return sorted(path.relative_to(directory).as_posix() for path in found if path != directory / SEAL)
 
 
-def _entry(path: Path, *, durable: bool = False) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-        if durable:
-            os.fsync(stream.fileno())
-    return {"sha256": digest.hexdigest(), "bytes": size}
+def _entry(path: Location, digest: str | None = None) -> dict[str, Any]:
+    return {"blake3": digest or hash_weights(path), "bytes": path.stat().st_size}
 
 
-def _read_seal(directory: Path) -> dict[str, dict[str, Any]]:
+def _read_seal(directory: Location) -> dict[str, dict[str, Any]]:
     path = directory / SEAL
     if not path.is_file():
         raise CheckpointError(
@@ -87,12 +96,12 @@ def _read_seal(directory: Path) -> dict[str, dict[str, Any]]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {"sha256": entry["sha256"], "bytes": entry["bytes"]} for name, entry in content["files"].items()}
+        return {name: {"blake3": entry["blake3"], "bytes": entry["bytes"]} for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _broken(path, "is damaged") from None
 
 
-def _broken(path: Path, what: str) -> CheckpointError:
+def _broken(path: Location, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {what}",
         "a checkpoint is loaded only if every file is as it was sealed",

@@ -22,7 +22,10 @@ from tiny_run import FOUR_WAY, LAYOUTS, RATE, STEP_TOKENS
 from torch.distributed.checkpoint import filesystem
 
 import megatron_octo.train.loop as loop
-from megatron_octo.checkpoint.dist import iterate_tensors, read_metadata, write_model
+from megatron_octo.checkpoint import dist_write
+from megatron_octo.checkpoint.dist import TorchDist
+from megatron_octo.checkpoint.store import latest_checkpoint
+from megatron_octo.checkpoint.tensors import read, row_blocks
 from megatron_octo.errors import OctoError
 from megatron_octo.runtime import groups
 from megatron_octo.train.api import load_run
@@ -96,8 +99,18 @@ def loaded(trainer: Trainer, name: str, *overrides: str) -> dict[str, Any]:
 
 
 def stored_moments(checkpoint: Path) -> float:
-    names = [name for name in read_metadata(checkpoint, optimizer=True) if ".exp_avg." in name]
-    return math.sqrt(sum(float(tensor.double().square().sum()) for _, tensor in iterate_tensors(checkpoint, names)))
+    source = TorchDist(checkpoint, optimizer=True)
+    moments = [read(source, name) for name in source.shapes() if ".exp_avg." in name]
+    return math.sqrt(sum(float(moment.double().square().sum()) for moment in moments))
+
+
+def write_model(checkpoint: Path, target: Path) -> None:
+    """Write a checkpoint's weights as a conversion does, in blocks of a few rows; rank 0 only."""
+    if dist.get_rank() == 0:
+        small = partial(row_blocks, block_bytes=2048)
+        with mock.patch.object(dist_write, "row_blocks", small), mock.patch.object(dist_write, "FILE_BYTES", 2**16):
+            dist_write.write_model(target, TorchDist(checkpoint), {"config": {}}, {})
+    dist.barrier()
 
 
 def single(trainer: Trainer) -> None:
@@ -118,7 +131,7 @@ def single(trainer: Trainer) -> None:
     with full_disk():
         trainer.train("full", given, until=2 * STEP_TOKENS, note="full again")
     last = reference / "checkpoints" / "step_00000016"
-    write_model(folder / "converted", iterate_tensors(last), {"config": {}})
+    write_model(last, folder / "converted")
     trainer.train("converted-run", f"start.checkpoint={folder / 'converted'}", until=STEP_TOKENS)
     trainer.train("wider", f"start.checkpoint={folder / 'converted'}", "model.ffn=128")
     trainer.train("deeper", f"start.checkpoint={folder / 'converted'}", "model.layers=3")
@@ -152,6 +165,10 @@ def four(trainer: Trainer) -> None:
         trainer.train("four", *second, until=9 * STEP_TOKENS, note="full on rank 1")
     with signalled_at(10, rank=2):
         trainer.train("four", *second, note="signalled rank 2")
+    given, converted = trainer.run.parent / "four", trainer.run.parent / "converted-cut"
+    write_model(latest_checkpoint(given), converted)
+    trainer.train("given-cut", *FOUR_WAY, f"start.checkpoint={given}", until=STEP_TOKENS)
+    trainer.train("converted-cut-run", *FOUR_WAY, f"start.checkpoint={converted}", until=STEP_TOKENS)
     for name, layout in LAYOUTS.items():
         twice_and_once(trainer, name, *layout)
 

@@ -65,7 +65,7 @@ def notes(folder):
 def shards(run_dir: Path) -> dict[str, str]:
     """Hashes of the files that hold every weight and moment of the last checkpoint."""
     files = json.loads((latest_checkpoint(run_dir) / "seal.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
+    return {name: entry["blake3"] for name, entry in files.items() if name.endswith(".distcp")}
 
 
 def same(run_dir: Path, reference: Path) -> list[tuple]:
@@ -161,6 +161,12 @@ def test_given_weights_are_the_start(folder, notes):
     assert given["loss"] < metrics(folder / "reference")[0]["loss"] - 0.3
     assert notes["converted-run"] == {"error": None}
     assert converted["loss"] == given["loss"]
+
+
+def test_converted_weights_start_a_run_in_another_layout(folder):
+    given, converted = metrics(folder / "given-cut")[0], metrics(folder / "converted-cut-run")[0]
+    assert given["loss"] < metrics(folder / "reference")[0]["loss"] - 0.3
+    assert [converted[key] for key in ("loss", "grad_norm")] == [given[key] for key in ("loss", "grad_norm")]
 
 
 @pytest.mark.parametrize(("name", "said"), [("wider", "mismatch"), ("deeper", "decoder.layers.2")])

@@ -55,12 +55,12 @@ def exact(run: Path) -> list[tuple]:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    from megatron_octo.checkpoint.dist import iterate_tensors, read_metadata
+    from megatron_octo.checkpoint.dist import TorchDist
     from megatron_octo.checkpoint.store import latest_checkpoint
+    from megatron_octo.checkpoint.tensors import read
 
-    checkpoint = latest_checkpoint(run)
-    tensors = iterate_tensors(checkpoint, list(read_metadata(checkpoint)))
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors}
+    source = TorchDist(latest_checkpoint(run))
+    return {name: read(source, name).numpy().tobytes() for name in source.shapes()}
 
 
 def attempts(out: Path) -> dict[str, int]:

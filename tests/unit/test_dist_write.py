@@ -1,0 +1,232 @@
+"""Writing a weights-only checkpoint: what reads back, what a kill or a full disk leaves, how much memory it takes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import warnings
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from dist_files import Held
+from upath import UPath
+
+from megatron_octo.checkpoint import dist_write, store
+from megatron_octo.checkpoint.dist import Place, TorchDist
+from megatron_octo.checkpoint.dist_write import write_model
+from megatron_octo.checkpoint.seal import verify_seal
+from megatron_octo.checkpoint.tensors import read, row_blocks
+from megatron_octo.errors import CheckpointError, ConfigError
+from megatron_octo.files import hash_weights
+
+MADE_FROM = {"model": "x"}
+TENSORS = {
+    "decoder.layers.0.weight": torch.arange(60, dtype=torch.float32).reshape(15, 4),
+    "decoder.layers.1.weight": torch.arange(60, dtype=torch.float32).reshape(15, 4) + 0.5,
+    "embedding.word_embeddings.weight": torch.randn(7, 2, generator=torch.manual_seed(1)).bfloat16(),
+    "decoder.final_layernorm.weight": torch.randn(9, generator=torch.manual_seed(2)).half(),
+}
+STACKED = {f"decoder.layers.{layer}.weight": Place("decoder.layers.weight", layer) for layer in range(2)}
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Blocks of at most 40 bytes (2 rows of a layer) in files of about 160."""
+    monkeypatch.setattr(dist_write, "row_blocks", partial(row_blocks, block_bytes=40))
+    monkeypatch.setattr(dist_write, "FILE_BYTES", 160)
+
+
+def assert_holds(directory, places=None) -> None:
+    source = TorchDist(directory, places)
+    assert set(source.shapes()) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(read(source, name), tensor)
+        assert read(source, name).dtype == tensor.dtype
+
+
+def test_it_reads_back_sealed_and_without_moments(tmp_path):
+    write_model(tmp_path / "model", Held(TENSORS), {"config": {"name": "x"}}, MADE_FROM)
+    verify_seal(tmp_path / "model")
+    assert_holds(tmp_path / "model")
+    facts = store.read_facts(tmp_path / "model")
+    assert facts == {"step": 0, "run_tokens": 0, "tokens": 0, "config": {"name": "x"}, "moments": False}
+    sealed = json.loads((tmp_path / "model" / "seal.json").read_text())["files"]
+    assert {name for name in sealed if not name.endswith(".distcp")} == {
+        ".metadata", "common.pt", "metadata.json", "run.json",
+    }  # fmt: skip
+    for name, entry in sealed.items():  # also where the writer took the hash and not the seal
+        assert entry == {
+            "blake3": hash_weights(tmp_path / "model" / name), "bytes": (tmp_path / "model" / name).stat().st_size,
+        }  # fmt: skip
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_torch_reads_it_too(tmp_path):
+    write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM)
+    found = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch_checkpoint.load(found, checkpoint_id=str(tmp_path / "model"), no_dist=True)
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_layers_are_stacked_and_folders_and_files_added(tmp_path):
+    def extras(directory: Path) -> None:
+        (directory / "hugging_face").mkdir()
+        (directory / "hugging_face" / "config.json").write_text("{}")
+
+    write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM, STACKED, extras, into="weights")
+    verify_seal(tmp_path / "model")
+    assert (tmp_path / "model" / "weights" / "common.pt").is_file()
+    assert TorchDist(tmp_path / "model" / "weights").shapes()["decoder.layers.weight"] == (2, 15, 4)
+    assert_holds(tmp_path / "model" / "weights", STACKED)
+    (tmp_path / "model" / "hugging_face" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="has been altered"):
+        verify_seal(tmp_path / "model")
+
+
+def test_a_url_is_written_and_read(tmp_path):
+    target = UPath("memory://written/model")
+    write_model(target, Held(TENSORS), {}, MADE_FROM)
+    verify_seal(target)
+    assert_holds(target)
+    (target / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: holds 1 bytes"):
+        verify_seal(target)
+
+
+def test_the_same_is_written_twice(tmp_path):
+    for name in ("one", "two"):
+        write_model(tmp_path / name, Held(TENSORS), {}, MADE_FROM)
+    assert (tmp_path / "one" / "seal.json").read_bytes() == (tmp_path / "two" / "seal.json").read_bytes()
+
+
+def test_what_exists_is_never_written_over(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match="already exists"):
+        write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM)
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+class Deadly(Held):
+    """Kills its process when a tensor is asked for."""
+
+    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
+        if name == "embedding.word_embeddings.weight":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().fill(name, start, out)
+
+
+def killed(target: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        write_model(target, Deadly(TENSORS), {}, MADE_FROM)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not target.exists()
+
+
+def test_a_killed_writing_goes_on(tmp_path):
+    write_model(tmp_path / "calm", Held(TENSORS), {}, MADE_FROM)
+    killed(tmp_path / "model")
+    source = Held(TENSORS)
+    write_model(tmp_path / "model", source, {}, MADE_FROM)
+    assert "decoder.layers.0.weight" not in source.asked
+    assert {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"} <= set(source.asked)
+    verify_seal(tmp_path / "model")
+    assert (tmp_path / "model" / "seal.json").read_bytes() == (tmp_path / "calm" / "seal.json").read_bytes()
+
+
+def test_what_was_made_from_another_model_is_not_used(tmp_path):
+    killed(tmp_path / "model")
+    source = Held({name: tensor + 1 for name, tensor in TENSORS.items()})
+    write_model(tmp_path / "model", source, {}, {"model": "y"})
+    assert set(source.asked) == set(TENSORS)
+    found = read(TorchDist(tmp_path / "model"), "decoder.layers.0.weight")
+    assert torch.equal(found, TENSORS["decoder.layers.0.weight"] + 1)
+
+
+def failing_at(call: int, error: BaseException):
+    """Raise from one of the writes to files; a tensor takes 39, and a file holds five."""
+    done, plain = [], dist_write._Hashed.write
+
+    def write(stream, content):
+        done.append(len(content))
+        if len(done) == call:
+            raise error
+        return plain(stream, content)
+
+    return mock.patch.object(dist_write._Hashed, "write", write)
+
+
+@pytest.mark.parametrize("call", [1, 20, 300])
+def test_a_full_disk_is_told_as_one_and_leaves_nothing(tmp_path, call):
+    torch.serialization.set_crc32_options(True)
+    with failing_at(call, OSError(errno.ENOSPC, "No space left on device")), pytest.raises(OSError, match="No space"):
+        write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.serialization.get_crc32_options()
+
+
+@pytest.mark.parametrize("call", [199, 300])
+def test_an_interrupt_amid_a_file_keeps_the_files_before(tmp_path, call):
+    with failing_at(call, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM)
+    source = Held(TENSORS)
+    write_model(tmp_path / "model", source, {}, MADE_FROM)
+    assert source.asked.count("decoder.layers.0.weight") == 3  # of eight blocks
+    verify_seal(tmp_path / "model")
+    assert_holds(tmp_path / "model")
+
+
+class Endless:
+    """Many tensors of 8 MiB, made as they are read."""
+
+    where = "nowhere"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"layer.{number}": (2048, 1024) for number in range(40)}
+
+    def dtype(self, name: str) -> str:
+        return "float32"
+
+    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
+        out.fill_(start)
+
+
+def peak_growth(directory: Path) -> int:
+    """Bytes by which the peak memory of a process grows that writes a checkpoint, then reads it."""
+    result, answer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak()
+        write_model(directory, Endless(), {}, MADE_FROM)
+        source = TorchDist(directory)
+        for name in source.shapes():
+            read(source, name)
+        os.write(answer, str(peak() - before).encode())
+        os._exit(0)
+    os.close(answer)
+    assert os.waitpid(child, 0)[1] == 0
+    with os.fdopen(result) as pipe:
+        return int(pipe.read())
+
+
+def peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
+    """320 MiB in one file: torch's writer alone would hold on to all of it."""
+    monkeypatch.undo()
+    grown = peak_growth(tmp_path / "model")
+    assert sum(path.stat().st_size for path in (tmp_path / "model").iterdir()) > 320 * 2**20
+    assert grown < 80 * 2**20
