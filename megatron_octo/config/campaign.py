@@ -77,7 +77,7 @@ class CampaignEvaluation(Strict):
 
 
 class CampaignStart(Strict):
-    """Start from a Llama in Hugging Face form instead of random weights (the model section must agree)."""
+    """Start from a Llama or Qwen in Hugging Face form instead of random weights (the model section must agree)."""
 
     hf: Path
 

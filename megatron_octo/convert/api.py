@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo.checkpoint.seal import seal_digest, verify_seal
+from megatron_octo.checkpoint.seal import verify_seal
 from megatron_octo.checkpoint.store import read_facts
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.checkpoint.tensors import Shape, TensorSource
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.certificate import (
+    CERTIFICATE_FILE,
     certify,
     explain,
-    file_digests,
+    format_verdict,
     require_valid,
     verify,
     versions,
     write_certificate,
 )
-from megatron_octo.convert.megatron_io import CheckpointTensors, Origin, find_checkpoint, geometry, read_origin
-from megatron_octo.convert.rules import expand
-from megatron_octo.convert.safetensors_io import SHARD_BYTES, Planned, SafetensorsDirectory, write_safetensors
+from megatron_octo.convert.compare import diff, format_diff
+from megatron_octo.convert.derive import average, truncate
+from megatron_octo.convert.layouts import layout_of
+from megatron_octo.convert.megatron_io import HUGGING_FACE, Origin, find_checkpoint, geometry, read_origin
+from megatron_octo.convert.safetensors_io import SHARD_BYTES, write_safetensors
 from megatron_octo.convert.show import format_tree, show
-from megatron_octo.convert.walk import export_tensors, import_tensors, table_of
+from megatron_octo.convert.tables import table_of
+from megatron_octo.convert.views import AsHuggingFace, AsMegatron, Cast
 from megatron_octo.errors import CertificateError, CheckpointError, ConfigError
+from megatron_octo.files import hash_weights
+from megatron_octo.locations import Location, reaching
 from megatron_octo.progress import Progress
+from megatron_octo.publish import Partial, publishing, refuse_existing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DTYPES", "format_tree", "from_hf", "show", "to_hf", "to_hf_many", "verify"]
+__all__ = [
+    "DTYPES", "average", "diff", "format_diff", "format_tree", "format_verdict", "from_hf", "relayout", "show",
+    "to_hf", "to_hf_many", "truncate", "verify",
+]  # fmt: skip
 
-DTYPES: dict[str, str | None] = {"source": None, "fp32": "float32", "bf16": "bfloat16"}
+DTYPES: dict[str, str | None] = {"source": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What a caller may ask for, and torch's name of it; "source" keeps the checkpoint's dtype."""
 
-_OURS = {"float32": "fp32", "bfloat16": "bf16"}
+_READ = (".safetensors", ".bin", hf_io.CONFIG_FILE, ".index.json")
 
 
 def to_hf(
-    checkpoint: Path, out: Path, tokenizer: Path | None = None, dtype: str = "source", shard_bytes: int = SHARD_BYTES
+    checkpoint: Location,
+    out: Location,
+    tokenizer: Location | None = None,
+    dtype: str = "source",
+    shard_bytes: float = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write one checkpoint as a certified Hugging Face directory.
 
     Args:
-        checkpoint: a sealed checkpoint, or a run directory for its latest one.
+        checkpoint: a sealed checkpoint, a run directory for its latest one, or a checkpoint of Megatron-LM,
+            Megatron-Bridge or NeMo.
         out: directory to create. One that already is the complete conversion of this checkpoint is kept.
         tokenizer: tokenizer directory; the one the run was trained with if not given. As long as that one is there,
             another must give texts the same ids and end them with the same token.
-        dtype: "source", "fp32" or "bf16".
+        dtype: "source", "fp32", "bf16" or "fp16".
         shard_bytes: largest safetensors file.
 
     Returns:
@@ -66,21 +81,24 @@ def to_hf(
     kept = _kept(out, origin, tokens, DTYPES[dtype])
     if kept is not None:
         return kept
-    hf_io.refuse_existing(out)
-    verify_seal(origin.checkpoint)
-    with hf_io.publishing(out) as partial:
-        _write(origin, partial, tokens, DTYPES[dtype], shard_bytes)
-        certificate = certify(origin, partial, DTYPES[dtype])
+    refuse_existing(out)
+    origin.require_intact()
+    made_from = {"to_hf": origin.digest, "tokenizer": str(tokens), "dtype": dtype, "shard_bytes": shard_bytes}
+    with publishing(out, made_from, last=CERTIFICATE_FILE) as partial:
+        write_hf(origin, partial, tokens, DTYPES[dtype], shard_bytes)
+        certificate = certify(origin, partial.directory, DTYPES[dtype])
         if not certificate["valid"]:
             raise CertificateError(
                 f"{origin.checkpoint}: the conversion did not prove itself: {'; '.join(explain(certificate))}",
                 "only a proven conversion is kept", "check the run's model section and tokenizer",
             )  # fmt: skip
-        write_certificate(partial, certificate)
+        write_certificate(partial.directory, certificate)
     return certificate
 
 
-def to_hf_many(pairs: Iterable[tuple[Path, Path]], tokenizer: Path | None = None, dtype: str = "source") -> list[dict]:
+def to_hf_many(
+    pairs: Iterable[tuple[Location, Location]], tokenizer: Location | None = None, dtype: str = "source"
+) -> list[dict]:
     """Convert several checkpoints in one process: starting one costs more than a small conversion.
 
     Args:
@@ -94,25 +112,47 @@ def to_hf_many(pairs: Iterable[tuple[Path, Path]], tokenizer: Path | None = None
     Raises:
         ConfigError: two targets are the same; and see `to_hf`. What was converted before stays.
     """
-    pairs = [(Path(checkpoint), Path(out)) for checkpoint, out in pairs]
+    pairs = list(pairs)
     targets = [out.resolve() for _, out in pairs]
     for out in targets:
         if targets.count(out) > 1:
             raise ConfigError(f"{out}: named as target twice", fix="give every checkpoint its own directory")
-    certificates = []
-    with Progress("convert", len(pairs), unit="models") as bar:
-        for checkpoint, out in pairs:
-            certificates.append(to_hf(checkpoint, out, tokenizer, dtype))
-            bar.advance(1)
-    return certificates
+    return [to_hf(checkpoint, out, tokenizer, dtype) for checkpoint, out in pairs]
 
 
-def from_hf(model_dir: Path, out: Path) -> dict[str, Any]:
+def write_hf(origin: Origin, partial: Partial, tokenizer: Location, dtype: str | None, shard_bytes: float) -> None:
+    """Write all files of a model directory but the certificate.
+
+    Args:
+        origin: the checkpoint.
+        partial: where to; shards it has finished are not written again.
+        tokenizer: directory of the tokenizer and of what else travels with a model.
+        dtype: torch's name of the dtype to write, None for the checkpoint's.
+        shard_bytes: largest safetensors file.
+    """
+    checkpoint = origin.tensors()
+    weights = AsHuggingFace(
+        table_of(origin.model.family), geometry(origin.model), Cast(checkpoint, dtype) if dtype else checkpoint
+    )
+    with _Watched("export", weights) as watched:
+        write_safetensors(partial, watched, shard_bytes)
+    if origin.assets is not None:
+        others = (name for name in hf_io.ASSET_FILES if name not in hf_io.TOKENIZER_FILES)
+        hf_io.copy_assets(origin.assets, partial.directory, others)
+    hf_io.copy_assets(tokenizer, partial.directory)
+    written = weights.dtype(next(iter(weights.shapes())))
+    hf_io.write_configuration(partial.directory, origin.model, written, hf_io.tokenizer_facts(tokenizer))
+
+
+def from_hf(model_dir: Location, out: Location, layout: str = "octo", allow_pickle: bool = False) -> dict[str, Any]:
     """Write a Hugging Face model as a sealed weights-only checkpoint, for a run's `start.checkpoint`.
 
     Args:
-        model_dir: `config.json` and safetensors; nothing in it is executed.
+        model_dir: `config.json` and safetensors; nothing in it is executed. Its tokenizer, generation settings and
+            licence travel along, so that the checkpoint stands alone.
         out: checkpoint directory to create. One that already holds exactly this model is kept.
+        layout: whose checkpoint to write: "octo", "megatron-lm", "megatron-bridge" or "nemo".
+        allow_pickle: read `pytorch_model*.bin` where there are no safetensors; values only, nothing in them is run.
 
     Returns:
         The checkpoint's `run.json`: the model, where it came from and the hashes of its files.
@@ -122,48 +162,104 @@ def from_hf(model_dir: Path, out: Path) -> dict[str, Any]:
             configuration ties but that differs from the embedding.
         ConfigError: an architecture that cannot be trained faithfully, or `out` exists and is something else.
     """
-    from megatron_octo.checkpoint.dist import write_model
+    layout_of(layout).refuse(model := hf_io.read_model(model_dir))
+    weights = hf_io.open_weights(model_dir, allow_pickle)
+    source = {"directory": str(model_dir.resolve()), "files": _digests(model_dir)}
+    if _written(out, layout, source):
+        return read_facts(out)
+    refuse_existing(out)
+    megatron = AsMegatron(table_of(model.family), geometry(model), weights)
+    return _write_megatron("import", megatron, out, layout, {"model": model, "source": source}, model_dir)
 
-    with SafetensorsDirectory(model_dir) as weights:
-        model = hf_io.read_model(model_dir)
-        source = {"directory": str(model_dir.resolve()), "files": file_digests(model_dir)}
-        if _imported(out, source["files"]):
-            return read_facts(out)
-        hf_io.refuse_existing(out)
-        table, size = table_of(model.family), geometry(model)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with Progress("import", len(expand(table, size)), unit="tensors") as bar:
-            tensors = _counted(import_tensors(table, size, weights), bar)
-            write_model(out, tensors, _facts_of_import(model, source, model_dir))
+
+def relayout(checkpoint: Location, out: Location, layout: str) -> dict[str, Any]:
+    """Write a checkpoint's weights in another trainer's layout: ours for Megatron-LM, theirs for us.
+
+    Args:
+        checkpoint: as for `to_hf`.
+        out: checkpoint directory to create. One that already holds exactly these weights is kept.
+        layout: as for `from_hf`.
+
+    Returns:
+        The new checkpoint's `run.json`.
+
+    Raises:
+        ConfigError: the layout cannot express the model, or `out` exists and is something else.
+        CheckpointError: the checkpoint is unsealed, altered, incomplete or not there.
+    """
+    origin = read_origin(find_checkpoint(checkpoint))
+    layout_of(layout).refuse(origin.model)
+    if _written(out, layout, source := {"checkpoint": origin.lineage}):
+        return read_facts(out)
+    refuse_existing(out)
+    origin.require_intact()
+    weights = origin.tensors()
+    AsHuggingFace(table_of(origin.model.family), geometry(origin.model), weights)  # refuses what is not the model
+    facts = {"model": origin.model, "source": source, "tokens": origin.facts.get("tokens") or 0}
+    return _write_megatron("relayout", weights, out, layout, facts, origin.tokenizer)
+
+
+def _write_megatron(
+    label: str, weights: TensorSource, out: Location, layout: str, facts: dict[str, Any], assets: Location | None
+) -> dict[str, Any]:
+    """Write a model's weights as a sealed checkpoint in a layout, with what travels along."""
+    from megatron_octo.checkpoint.dist_write import write_model
+
+    target, model = layout_of(layout), facts["model"]
+    dtype = weights.dtype(next(iter(weights.shapes())))
+
+    def surround(directory: Path) -> None:
+        if assets is not None:
+            hf_io.copy_assets(assets, directory / HUGGING_FACE)
+        carried = (directory / HUGGING_FACE).is_dir()
+        target.write(directory, model, dtype, f"{out.resolve()}/{HUGGING_FACE}" if carried else None)
+
+    facts = {**facts, "model": model.model_dump(mode="json"), "layout": layout, "versions": versions()}
+    with _Watched(label, weights) as watched:
+        write_model(
+            out, watched, facts, {"source": _content(facts["source"]), "layout": layout}, places=target.places(weights.shapes()),
+            objects=target.objects(model), extras=surround, into=target.into,
+        )  # fmt: skip
     return read_facts(out)
 
 
-def _write(origin: Origin, out: Path, tokenizer: Path, dtype: str | None, shard_bytes: int) -> None:
-    """All files of a model directory but the certificate."""
-    model = origin.model
-    table, size = table_of(model.family), geometry(model)
-    weights = CheckpointTensors(origin.checkpoint, dtype)
-    stored = weights.shapes()
-    plan = [
-        Planned(name, shape, weights.dtype(rule.megatron))
-        for rule in expand(table, size)
-        if rule.stored(size) and rule.megatron in stored
-        for name, shape in zip(rule.sources, rule.source_shapes(size), strict=True)
-    ]
-    with Progress("export", len(plan), unit="tensors") as bar:
-        write_safetensors(out, plan, _counted(export_tensors(table, size, weights), bar), shard_bytes)
-    hf_io.copy_tokenizer(tokenizer, out)
-    hf_io.write_configuration(out, model, _config_dtype(plan, origin), hf_io.tokenizer_facts(tokenizer))
+class _Watched:
+    """A source that moves a progress bar as its rows are read; use as a context manager.
+
+    Args:
+        label: what is being done.
+        source: what is read, each row once.
+    """
+
+    def __init__(self, label: str, source: TensorSource) -> None:
+        import math
+
+        self.where, self._source = source.where, source
+        total = sum(math.prod(shape) for shape in source.shapes().values())
+        self._bar = Progress(label, total, unit="parameters")
+
+    def __enter__(self) -> _Watched:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """As the source's."""
+        return self._source.shapes()
+
+    def dtype(self, name: str) -> str:
+        """As the source's."""
+        return self._source.dtype(name)
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """As the source's, counted."""
+        self._source.fill(name, start, out)
+        self._bar.advance(out.numel())
 
 
-def _config_dtype(plan: list[Planned], origin: Origin) -> str:
-    dtype = plan[0].dtype
-    if dtype not in _OURS:
-        raise CheckpointError(f"{origin.checkpoint}: weights are {dtype}", f"exported are {', '.join(_OURS)}")
-    return _OURS[dtype]
-
-
-def _tokenizer(origin: Origin, given: Path | None) -> Path:
+def _tokenizer(origin: Origin, given: Location | None) -> Location:
     if given is None and origin.tokenizer is None:
         raise ConfigError(
             f"{origin.checkpoint}: no tokenizer is known for it",
@@ -172,7 +268,7 @@ def _tokenizer(origin: Origin, given: Path | None) -> Path:
     return given or origin.tokenizer  # type: ignore[return-value] - one of the two is set
 
 
-def _kept(out: Path, origin: Origin, tokenizer: Path, dtype: str | None) -> dict[str, Any] | None:
+def _kept(out: Location, origin: Origin, tokenizer: Location, dtype: str | None) -> dict[str, Any] | None:
     """The certificate of a target that already is this very conversion, else None."""
     try:
         certificate = require_valid(out)
@@ -180,33 +276,34 @@ def _kept(out: Path, origin: Origin, tokenizer: Path, dtype: str | None) -> dict
         return None
     wanted = dtype or certificate["dtype"]["checkpoint"]
     same = (
-        certificate["lineage"]["seal"] == seal_digest(origin.checkpoint)
+        certificate["lineage"]["seal"] == origin.digest
         and certificate["dtype"]["export"] == wanted
         and not hf_io.different_files(out, tokenizer, hf_io.TOKENIZER_FILES)
     )
     return certificate if same else None
 
 
-def _imported(out: Path, files: dict[str, Any]) -> bool:
-    """Whether a target already is the intact import of files with these hashes."""
+def _written(out: Location, layout: str, source: dict[str, Any]) -> bool:
+    """Whether a target already is an intact checkpoint of these weights in this layout."""
     try:
         verify_seal(out)
-        return (read_facts(out).get("source") or {}).get("files") == files
+        facts = read_facts(out)
     except CheckpointError:
         return False
+    return facts.get("layout") == layout and _content(facts.get("source") or {}) == _content(source)
 
 
-def _facts_of_import(model: ModelConfig, source: dict[str, Any], model_dir: Path) -> dict[str, Any]:
-    has_tokenizer = any((model_dir / name).is_file() for name in hf_io.TOKENIZER_FILES)
-    return {
-        "model": model.model_dump(mode="json"),
-        "source": source,
-        "tokenizer": str(model_dir.resolve()) if has_tokenizer else None,
-        "versions": versions(),
-    }
+def _content(source: dict[str, Any]) -> Any:
+    """What a source holds, wherever it lies: the hashes of its files, or the checkpoint's own."""
+    return source.get("files") or (source.get("checkpoint") or {}).get("seal")
 
 
-def _counted(tensors: Iterable[tuple[str, Tensor]], bar: Progress) -> Iterator[tuple[str, Tensor]]:
-    for pair in tensors:
-        yield pair
-        bar.advance(1)
+def _digests(model_dir: Location) -> dict[str, dict[str, Any]]:
+    """BLAKE3 and size of the files an import reads: weights, their index, configuration, and what travels along."""
+    with reaching(model_dir):
+        names = {path.name for path in model_dir.iterdir() if path.is_file()}
+        wanted = sorted(name for name in names if name in hf_io.ASSET_FILES or name.endswith(_READ))
+        return {
+            name: {"blake3": hash_weights(model_dir / name), "bytes": (model_dir / name).stat().st_size}
+            for name in wanted
+        }

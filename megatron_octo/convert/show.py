@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
-from megatron_octo.convert.megatron_io import CheckpointTensors, find_checkpoint
-from megatron_octo.convert.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory, read_json
+from megatron_octo.checkpoint.store import FACTS, read_facts
+from megatron_octo.checkpoint.tensors import TensorSource
+from megatron_octo.convert.foreign import layout_at
+from megatron_octo.convert.hf_io import open_weights
+from megatron_octo.convert.megatron_io import find_checkpoint, weights_of
+from megatron_octo.convert.opened import is_hugging_face
+from megatron_octo.convert.shards import read_json
+from megatron_octo.locations import Location
 from megatron_octo.units import format_bytes
 
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2}
+"""Of one element; everything else that is stored takes one byte."""
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
-def show(path: Path) -> dict[str, Any]:
+def show(path: Location) -> dict[str, Any]:
     """Describe a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
 
     Args:
-        path: any of the three.
+        path: any of the three, here or at a URL; of files only headers and lists are read.
 
     Returns:
-        `format` ("hugging_face" or "torch_dist"), `path`, `tensors` (name -> shape, dtype, bytes),
+        `format` ("hugging_face" or "torch_dist"), `path`, `tensors` (stored name -> shape, dtype, bytes),
         `parameters` and `bytes` in all, and `lineage` as far as the directory tells it.
 
     Raises:
-        DataError: a damaged Hugging Face directory.
+        DataError: a damaged Hugging Face directory, or one of pickled weights.
         CheckpointError: no checkpoint there.
     """
-    if (path / INDEX_FILE).is_file() or (path / SINGLE_FILE).is_file():
-        return _summary("hugging_face", path, _hugging_face(path), _certified_lineage(path))
+    if is_hugging_face(path):
+        return _summary("hugging_face", path, open_weights(path), _certified_lineage(path))
+    from megatron_octo.checkpoint.dist import TorchDist
+
     checkpoint = find_checkpoint(path)
-    return _summary("torch_dist", checkpoint, _checkpoint(checkpoint), _run_lineage(checkpoint))
+    return _summary("torch_dist", checkpoint, TorchDist(weights_of(checkpoint)), _run_lineage(checkpoint))
 
 
 def format_tree(report: dict[str, Any]) -> str:
@@ -44,22 +51,13 @@ def format_tree(report: dict[str, Any]) -> str:
     return "\n".join([head, *told, *_folded(report["tensors"])])
 
 
-def _hugging_face(path: Path) -> dict[str, dict[str, Any]]:
-    with SafetensorsDirectory(path) as weights:
-        dtypes = {name: _TORCH_NAMES.get(dtype, dtype) for name, dtype in weights.dtypes.items()}
-        return {name: _entry(shape, dtypes[name]) for name, shape in weights.shapes().items()}
-
-
-def _checkpoint(path: Path) -> dict[str, dict[str, Any]]:
-    weights = CheckpointTensors(path)
-    return {name: _entry(shape, weights.stored_dtype(name)) for name, shape in weights.shapes().items()}
-
-
-def _entry(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+def _entry(source: TensorSource, name: str) -> dict[str, Any]:
+    shape, dtype = source.shapes()[name], source.dtype(name)
     return {"shape": list(shape), "dtype": dtype, "bytes": math.prod(shape) * _BYTES.get(dtype, 1)}
 
 
-def _summary(kind: str, path: Path, tensors: dict[str, Any], lineage: dict[str, Any]) -> dict[str, Any]:
+def _summary(kind: str, path: Location, source: TensorSource, lineage: dict[str, Any]) -> dict[str, Any]:
+    tensors = {name: _entry(source, name) for name in source.shapes()}
     return {
         "format": kind,
         "path": str(path),
@@ -70,17 +68,18 @@ def _summary(kind: str, path: Path, tensors: dict[str, Any], lineage: dict[str, 
     }
 
 
-def _certified_lineage(path: Path) -> dict[str, Any]:
+def _certified_lineage(path: Location) -> dict[str, Any]:
     certificate = path / "certificate.json"
     return read_json(certificate).get("lineage", {}) if certificate.is_file() else {}
 
 
-def _run_lineage(checkpoint: Path) -> dict[str, Any]:
-    from megatron_octo.checkpoint.store import read_facts
-
+def _run_lineage(checkpoint: Location) -> dict[str, Any]:
+    """What a checkpoint of ours tells; those of others name no run."""
+    if not (checkpoint / FACTS).is_file():
+        return {"layout": layout_at(checkpoint)}
     facts = read_facts(checkpoint)
-    kept = {key: facts.get(key) for key in ("step", "run_tokens", "tokens", "lineage", "source")}
-    return {"run": (facts.get("config") or {}).get("name"), **kept}
+    kept = {key: facts.get(key) for key in ("step", "run_tokens", "tokens", "moments", "lineage", "source")}
+    return {"layout": facts.get("layout", "octo"), "run": (facts.get("config") or {}).get("name"), **kept}
 
 
 def _folded(tensors: dict[str, dict[str, Any]]) -> list[str]:

@@ -187,7 +187,7 @@ def _given(run: RunConfig) -> Path:
 
 def _of_weights(model: ModelConfig) -> dict[str, Any]:
     """The settings that give weights their meaning; how they were drawn, and the longest text, are none."""
-    return {**model.model_dump(mode="json", exclude={"init_std", "max_positions"}), "head_dim": model.dim}
+    return model.model_dump(mode="json", exclude={"init_std", "max_positions"})
 
 
 def _step_of(line: str) -> int:
