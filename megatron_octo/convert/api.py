@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_octo.checkpoint.seal import verify_seal
 from megatron_octo.checkpoint.store import read_facts
-from megatron_octo.checkpoint.tensors import Shape, TensorSource
+from megatron_octo.checkpoint.tensors import TensorSource
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.certificate import (
     CERTIFICATE_FILE,
@@ -27,15 +27,11 @@ from megatron_octo.convert.megatron_io import HUGGING_FACE, Origin, find_checkpo
 from megatron_octo.convert.safetensors_io import SHARD_BYTES, write_safetensors
 from megatron_octo.convert.show import format_tree, show
 from megatron_octo.convert.tables import table_of
-from megatron_octo.convert.views import AsHuggingFace, AsMegatron, Cast
+from megatron_octo.convert.views import AsHuggingFace, AsMegatron, Cast, Watched
 from megatron_octo.errors import CertificateError, CheckpointError, ConfigError
 from megatron_octo.files import hash_weights
 from megatron_octo.locations import Location, reaching
-from megatron_octo.progress import Progress
 from megatron_octo.publish import Partial, publishing, refuse_existing
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "DTYPES", "average", "diff", "format_diff", "format_tree", "format_verdict", "from_hf", "relayout", "show",
@@ -134,7 +130,7 @@ def write_hf(origin: Origin, partial: Partial, tokenizer: Location, dtype: str |
     weights = AsHuggingFace(
         table_of(origin.model.family), geometry(origin.model), Cast(checkpoint, dtype) if dtype else checkpoint
     )
-    with _Watched("export", weights) as watched:
+    with Watched("export", weights) as watched:
         write_safetensors(partial, watched, shard_bytes)
     if origin.assets is not None:
         others = (name for name in hf_io.ASSET_FILES if name not in hf_io.TOKENIZER_FILES)
@@ -215,48 +211,18 @@ def _write_megatron(
         target.write(directory, model, dtype, f"{out.resolve()}/{HUGGING_FACE}" if carried else None)
 
     facts = {**facts, "model": model.model_dump(mode="json"), "layout": layout, "versions": versions()}
-    with _Watched(label, weights) as watched:
+    with Watched(label, weights) as watched:
         write_model(
-            out, watched, facts, {"source": _content(facts["source"]), "layout": layout}, places=target.places(weights.shapes()),
-            objects=target.objects(model), extras=surround, into=target.into,
-        )  # fmt: skip
+            out,
+            watched,
+            facts,
+            made_from={"source": _content(facts["source"]), "layout": layout},
+            places=target.places(weights.shapes()),
+            objects=target.objects(model),
+            extras=surround,
+            into=target.into,
+        )
     return read_facts(out)
-
-
-class _Watched:
-    """A source that moves a progress bar as its rows are read; use as a context manager.
-
-    Args:
-        label: what is being done.
-        source: what is read, each row once.
-    """
-
-    def __init__(self, label: str, source: TensorSource) -> None:
-        import math
-
-        self.where, self._source = source.where, source
-        total = sum(math.prod(shape) for shape in source.shapes().values())
-        self._bar = Progress(label, total, unit="parameters")
-
-    def __enter__(self) -> _Watched:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-
-    def shapes(self) -> Mapping[str, Shape]:
-        """As the source's."""
-        return self._source.shapes()
-
-    def dtype(self, name: str) -> str:
-        """As the source's."""
-        return self._source.dtype(name)
-
-    def fill(self, name: str, start: int, out: Tensor) -> None:
-        """As the source's, counted."""
-        self._source.fill(name, start, out)
-        self._bar.advance(out.numel())
 
 
 def _tokenizer(origin: Origin, given: Location | None) -> Location:

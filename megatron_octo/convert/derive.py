@@ -22,7 +22,7 @@ from megatron_octo.convert.rules import Shape
 from megatron_octo.convert.safetensors_io import write_safetensors
 from megatron_octo.convert.shards import read_json
 from megatron_octo.convert.tables import megatron_shapes, source_shapes
-from megatron_octo.convert.views import AsHuggingFace, AsMegatron
+from megatron_octo.convert.views import AsHuggingFace, AsMegatron, Watched
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.files import write_json
 from megatron_octo.locations import Location
@@ -125,8 +125,8 @@ def average(paths: Sequence[Location], out: Location, last: int | None = None) -
     parts = [origin.lineage for origin in origins]
     tokens = max(origin.facts.get("tokens") or 0 for origin in origins)
     facts = _facts(newest.model, {"average_of": parts}, tokens)
-    source = Averaged([origin.tensors() for origin in origins])
-    write_model(out, source, facts, {"average_of": parts}, extras=_carried(newest))
+    with Watched("average", Averaged([origin.tensors() for origin in origins])) as source:
+        write_model(out, source, facts, {"average_of": parts}, extras=_carried(newest))
     return read_facts(out)
 
 

@@ -7,14 +7,16 @@ are held against the table: nothing missing, nothing extra, nothing of another s
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_octo.checkpoint.tensors import TensorSource, read, row_blocks
 from megatron_octo.convert.rules import Geometry, Shape, Table, Tied, expand
 from megatron_octo.convert.tables import cover, megatron_shapes, source_shapes, stored_rules
 from megatron_octo.errors import DataError
+from megatron_octo.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +172,40 @@ class Cast:
                     "choose bfloat16 or float32",
                 )
         return None
+
+
+class Watched:
+    """A source that moves a progress bar as its rows are read; use as a context manager.
+
+    Args:
+        label: what is being done.
+        source: what is read, each row once.
+    """
+
+    def __init__(self, label: str, source: TensorSource) -> None:
+        self.where, self._source = source.where, source
+        total = sum(math.prod(shape) for shape in source.shapes().values())
+        self._bar = Progress(label, total, unit="parameters")
+
+    def __enter__(self) -> Watched:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """As the source's."""
+        return self._source.shapes()
+
+    def dtype(self, name: str) -> str:
+        """As the source's."""
+        return self._source.dtype(name)
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """As the source's, counted."""
+        self._source.fill(name, start, out)
+        self._bar.advance(out.numel())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
