@@ -1,17 +1,19 @@
-"""The checks a certificate consists of: each compares one thing and answers in plain values with `passed`.
+"""The checks of a certificate that compare files: each looks at one thing and answers in plain values.
 
-A check that cannot be made because its material is faulty answers `passed: false` and the `problem`.
+`passed` says whether all is well, `faults` names what is not, in words; the rest are figures. How far the two
+forward passes agree is another matter (`agreement`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
+from megatron_octo.checkpoint.tensors import Shape, TensorSource, read, row_blocks
 from megatron_octo.config.load import differences
 from megatron_octo.config.run import ModelConfig
+from megatron_octo.convert.agreement import Facts, facts_of
+from megatron_octo.convert.diagnose import diagnose
 from megatron_octo.convert.hf_io import (
     CONFIG_FILE,
     TOKEN_FILES,
@@ -20,25 +22,22 @@ from megatron_octo.convert.hf_io import (
     read_model,
     tokenizer_facts,
 )
-from megatron_octo.convert.megatron_io import CheckpointTensors, geometry
-from megatron_octo.convert.rules import Tied, VocabPadded, expand
-from megatron_octo.convert.safetensors_io import SafetensorsDirectory, read_json
-from megatron_octo.convert.walk import cover, import_tensors, megatron_shapes, source_shapes, table_of
+from megatron_octo.convert.megatron_io import geometry
+from megatron_octo.convert.rules import Geometry, Rule, Tied, VocabPadded
+from megatron_octo.convert.safetensors_io import read_json
+from megatron_octo.convert.tables import cover, megatron_shapes, source_shapes, stored_rules, table_of
+from megatron_octo.convert.views import AsMegatron, Cast, same_bits
 from megatron_octo.errors import OctoError
+from megatron_octo.locations import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_octo.convert.forward import Outputs
-
-Facts = dict[str, Any]
-
-LOGIT_TOLERANCE = 1e-4
-"""Largest difference of a logit allowed, relative to the largest logit (at least 1). Tiny models show 1e-6."""
-KL_TOLERANCE = 1e-6
-"""Largest KL divergence of a position allowed, in nats."""
-PHASE_TOLERANCE = 0.05
-"""Largest RoPE angle difference allowed at the last position, in radians; two fp32 roundings at 2^17 make 0.02."""
+_LOST = {
+    "biases": (".bias",),
+    "query and key norms": ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight"),
+}
+_SHOWN = 6
 
 
 def attempt(check: Callable[[], Facts]) -> Facts:
@@ -46,69 +45,89 @@ def attempt(check: Callable[[], Facts]) -> Facts:
     try:
         return check()
     except OctoError as error:
-        return {"passed": False, "problem": str(error)}
+        return facts_of([str(error)])
 
 
-def check_config(directory: Path, model: ModelConfig) -> Facts:
+def check_config(directory: Location, model: ModelConfig) -> Facts:
     """`config.json` states the checkpoint's architecture, field by field."""
-    stated = _comparable(read_model(directory))
-    found = differences(_comparable(model), stated)
-    return {"passed": not found, "different": found}
+    return facts_of(differences(_comparable(model), _comparable(read_model(directory))))
 
 
-def check_coverage(directory: Path, model: ModelConfig) -> Facts:
-    """The directory holds every tensor of the model once, and no other."""
+def check_coverage(weights: TensorSource, model: ModelConfig, checkpoint: TensorSource | None = None) -> Facts:
+    """The files hold every tensor of the model once and no other, and so does the checkpoint.
+
+    Args:
+        weights: the Hugging Face side.
+        model: the architecture.
+        checkpoint: the Megatron side, where it is at hand.
+    """
     table, size = table_of(model.family), geometry(model)
-    expected = source_shapes(table, size)
-    with SafetensorsDirectory(directory) as weights:
-        found = cover(expected, weights.shapes())
-    return {
-        "passed": found.complete,
-        "tensors": len(expected),
-        "covered": found.tensors,
-        "megatron_tensors": len(megatron_shapes(table, size)),
-        "missing": found.missing,
-        "extra": found.extra,
-        "misshapen": found.misshapen,
-    }
+    expected, inner = source_shapes(table, size), megatron_shapes(table, size)
+    found = cover(expected, weights.shapes())
+    faults = _name_coverage(expected, weights.shapes(), size)
+    if checkpoint is not None:
+        faults += [f"checkpoint: {fault}" for fault in _name_coverage(inner, checkpoint.shapes(), size)]
+    return facts_of(
+        faults,
+        tensors=len(expected),
+        covered=found.tensors,
+        megatron_tensors=len(inner),
+        missing=found.missing,
+        extra=found.extra,
+        misshapen=found.misshapen,
+    )
 
 
-def check_round_trip(directory: Path, model: ModelConfig, checkpoint: CheckpointTensors) -> Facts:
-    """The directory's tensors, imported again, are the checkpoint's bit for bit, and all are finite."""
+def check_round_trip(
+    weights: TensorSource, model: ModelConfig, checkpoint: TensorSource, dtype: str | None = None
+) -> Facts:
+    """The files' tensors, imported again, are the checkpoint's bit for bit, and all are finite.
+
+    Args:
+        weights: the Hugging Face side.
+        model: the architecture.
+        checkpoint: the Megatron side, as it is stored.
+        dtype: torch's name of the dtype the export was rounded to, None if it was not.
+
+    Raises:
+        DataError: the files do not cover the model, so that nothing can be compared.
+    """
     table, size = table_of(model.family), geometry(model)
-    rules = {rule.megatron: rule for rule in expand(table, size)}
-    different, not_finite, count = [], [], 0
-    with SafetensorsDirectory(directory) as weights:
-        for name, tensor in import_tensors(table, size, weights):
-            rule, original = rules[name], checkpoint.read(name)
-            count += 1
-            if not same_bits(rule.comparable(tensor, size), rule.comparable(original, size)):
-                different.append(f"{name} ({', '.join(rule.sources)})")
-            if not bool(tensor.isfinite().all()):
-                not_finite.append(name)
-    passed = not different and not not_finite
-    return {
-        "passed": passed, "bitwise": not different, "tensors": count, "different": different, "not_finite": not_finite,
-    }  # fmt: skip
+    back = AsMegatron(table, size, weights)
+    expected = Cast(checkpoint, dtype) if dtype else checkpoint
+    cover(megatron_shapes(table, size), expected.shapes()).require(expected.where)
+    faults, different, rules = [], 0, stored_rules(table, size)
+    for rule in rules:
+        same, finite = _compare(rule, size, expected, back)
+        where = f"{rule.megatron} ({', '.join(rule.sources)})"
+        if not same:
+            different += 1
+            faults.append(
+                f"{rule.megatron} ({', '.join(rule.sources)}): {_name_difference(rule, size, checkpoint, back)}"
+            )
+        if not finite:
+            faults.append(f"{where}: not finite")
+    return facts_of(faults, bitwise=not different, tensors=len(rules), different=different)
 
 
-def check_vocabulary(directory: Path, model: ModelConfig, checkpoint: CheckpointTensors | None = None) -> Facts:
+def check_vocabulary(directory: Location, model: ModelConfig, checkpoint: TensorSource | None = None) -> Facts:
     """Every token of the tokenizer has a row; what padding the checkpoint carries is told, and cut."""
     size, tokens = geometry(model), tokenizer_facts(directory).size
-    facts: Facts = {
-        "passed": tokens <= model.vocabulary,
-        "published": model.vocabulary,
-        "tokenizer": tokens,
-        "padded": size.padded,
-        "padding_rows": size.padded - model.vocabulary,
-    }
+    fault = f"the tokenizer has {tokens} tokens, the embedding {model.vocabulary} rows"
+    facts = facts_of(
+        [fault] if tokens > model.vocabulary else [],
+        published=model.vocabulary,
+        tokenizer=tokens,
+        padded=size.padded,
+        padding_rows=size.padded - model.vocabulary,
+    )
     if checkpoint is not None:
         padded = (r.megatron for r in table_of(model.family) if isinstance(r, VocabPadded) and r.stored(size))
-        facts["padding_is_zero"] = all(not checkpoint.read(name)[model.vocabulary :].any() for name in padded)
+        facts["padding_is_zero"] = all(not read(checkpoint, name, model.vocabulary).any() for name in padded)
     return facts
 
 
-def check_tokenizer(directory: Path, trained_with: Path | None) -> Facts:
+def check_tokenizer(directory: Location, trained_with: Location | None) -> Facts:
     """The tokenizer gives texts the ids that training gave them, and ends them with the same token.
 
     Args:
@@ -116,119 +135,92 @@ def check_tokenizer(directory: Path, trained_with: Path | None) -> Facts:
         trained_with: tokenizer directory of the run; None where it is not there any more, and nothing is compared.
     """
     if trained_with is None:
-        return {"passed": True, "compared": False}
-    different = different_files(directory, trained_with, TOKEN_FILES)
+        return facts_of([], compared=False)
+    faults = [f"{name} is not training's" for name in different_files(directory, trained_with, TOKEN_FILES)]
     ends = {"exported": tokenizer_facts(directory).eos, "trained": tokenizer_facts(trained_with).eos}
-    passed = not different and ends["exported"] == ends["trained"]
-    return {"passed": passed, "compared": True, "different": different, "end_of_text": ends}
+    if ends["exported"] != ends["trained"]:
+        faults.append(f"texts end with token {ends['exported']}, in training with {ends['trained']}")
+    return facts_of(faults, compared=True, end_of_text=ends)
 
 
-def check_tied_head(directory: Path, model: ModelConfig) -> Facts:
+def check_tied_head(directory: Location, weights: TensorSource, model: ModelConfig) -> Facts:
     """A tied model says so and stores no head; an untied one stores its own."""
     heads = [rule.source for rule in table_of(model.family) if isinstance(rule, Tied)]
-    with SafetensorsDirectory(directory) as weights:
-        stored = [name for name in heads if name in weights.shapes()]
-    stated = bool(read_json(directory / CONFIG_FILE).get("tie_word_embeddings", False))
-    passed = stated == model.tied_embeddings and (not stored if model.tied_embeddings else stored == heads)
-    return {"passed": passed, "tied": model.tied_embeddings, "config": stated, "stored": stored}
+    stored = [name for name in heads if name in weights.shapes()]
+    stated = read_json(directory / CONFIG_FILE).get("tie_word_embeddings", False)
+    faults = []
+    if bool(stated) != model.tied_embeddings:
+        faults.append(f"config.json says tie_word_embeddings {stated}, the model's is {model.tied_embeddings}")
+    if model.tied_embeddings:
+        faults += [f"{name} is stored, an untied copy of the tied head" for name in stored]
+    else:
+        faults += [f"{name} is missing, the model's own head" for name in heads if name not in stored]
+    return facts_of(faults, tied=model.tied_embeddings, config=bool(stated), stored=stored)
 
 
-def check_end_of_text(directory: Path) -> Facts:
-    """Tokenizer, config.json and generation_config.json name the same end-of-text id."""
-    facts = end_of_text(directory)
-    return {"passed": facts["agree"], **facts}
+def check_end_of_text(directory: Location) -> Facts:
+    """Tokenizer, config.json and generation_config.json name the same end-of-text ids."""
+    stated = end_of_text(directory)
+    told = ", ".join(f"{place} {value}" for place, value in stated.items() if place != "agree")
+    return facts_of([] if stated["agree"] else [f"the end of a text differs: {told}"], **stated)
 
 
-def check_rope(ours: Tensor, theirs: Tensor, model: ModelConfig) -> Facts:
-    """The two RoPE tables agree up to the last position a model may use.
-
-    Args:
-        ours: Megatron's inverse frequencies, `[dim / 2]`.
-        theirs: transformers', `[dim / 2]`.
-        model: for the number of positions.
-    """
-    same_length = ours.shape == theirs.shape
-    phase = float((ours.double() - theirs.double()).abs().max()) * model.max_positions if same_length else math.inf
-    return {
-        "passed": phase <= PHASE_TOLERANCE,
-        "phase_difference": phase if same_length else None,
-        "tolerance": PHASE_TOLERANCE,
-        "at_position": model.max_positions,
-        "frequencies": ours.tolist(),
-    }
-
-
-def check_logits(ours: Outputs, theirs: Outputs, prompts: list[list[int]]) -> Facts:
-    """The same prompts give the same logits on both sides.
-
-    The prediction of a position may differ only where the two best tokens are closer than the tolerance.
-    """
-    pairs = list(zip(ours.logits, theirs.logits, strict=True))
-    scale = max(1.0, *(float(a.abs().max()) for a, _ in pairs))
-    tolerance = LOGIT_TOLERANCE * scale
-    worst = _largest([float((a - b).abs().max()) for a, b in pairs])
-    divergence = _largest([_kl(a, b) for a, b in pairs])
-    same = [a.argmax(-1) == b.argmax(-1) for a, b in pairs]
-    decided = [_gap(a) > 2 * tolerance for a, _ in pairs]
-    contradicted = sum(int((d & ~s).sum()) for s, d in zip(same, decided, strict=True))
-    positions = sum(len(s) for s in same)
-    return {
-        "passed": worst <= tolerance and divergence <= KL_TOLERANCE and not contradicted,
-        "max_abs_difference": worst,
-        "tolerance": tolerance,
-        "largest_logit": scale,
-        "kl": divergence,
-        "kl_tolerance": KL_TOLERANCE,
-        "greedy_match": sum(int(s.sum()) for s in same) / positions,
-        "contradicted_predictions": contradicted,
-        "positions": positions,
-        "prompt_lengths": [len(prompt) for prompt in prompts],
-        "reference": [_sample(a) for a in ours.logits],
-    }
-
-
-def check_reference(theirs: Outputs, logits: Facts) -> Facts:
-    """Logits of a directory against those its certificate recorded from the trainer."""
-    recorded = [value for sample in logits["reference"] for value in sample]
-    now = [value for tensor in theirs.logits for value in _sample(tensor)]
-    worst = _largest([abs(a - b) for a, b in zip(now, recorded, strict=True)])
-    return {"passed": worst <= logits["tolerance"], "max_abs_difference": worst, "tolerance": logits["tolerance"]}
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits (so that NaN equals itself, and 0 is not -0)."""
+def _compare(rule: Rule, size: Geometry, one: TensorSource, other: TensorSource) -> tuple[bool, bool]:
+    """Whether a Megatron tensor is the same bits on two sides, and the second finite; padding is not looked at."""
     import torch
 
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    name = rule.megatron
+    if one.dtype(name) != other.dtype(name):
+        return False, True
+    dtype = getattr(torch, one.dtype(name))
+    same = finite = True
+    for start, rows in row_blocks((rule.shared_rows(size), *rule.rest(size)), dtype.itemsize):
+        block = read(other, name, start, rows)
+        same = same and same_bits(read(one, name, start, rows), block)
+        finite = finite and _is_finite(block)
+    return same, finite
+
+
+def _name_difference(rule: Rule, size: Geometry, checkpoint: TensorSource, back: TensorSource) -> str:
+    named = diagnose(rule, size, checkpoint, back) or "values differ"
+    ours, theirs = checkpoint.dtype(rule.megatron), back.dtype(rule.megatron)
+    return named if ours == theirs else f"{named} (stored as {ours}, exported as {theirs})"
+
+
+def _is_finite(block: Tensor) -> bool:
+    # A sum is not finite if any of its terms is not, and takes a tenth of the time of looking at each; it may
+    # overflow too, so only then each is looked at.
+    return bool(block.sum(dtype=block.dtype).isfinite()) or bool(block.isfinite().all())
+
+
+def _name_coverage(expected: Mapping[str, Shape], found: Mapping[str, Shape], size: Geometry) -> list[str]:
+    """What is wrong with a coverage, by the name of the fault where it has one."""
+    coverage = cover(expected, found)
+    missing, faults = coverage.missing, []
+    for layer in range(size.layers):
+        own = {name for name in expected if f".layers.{layer}." in name}
+        if own <= set(missing):
+            faults.append(f"layer {layer} dropped")
+            missing = [name for name in missing if name not in own]
+    for kind, ends in _LOST.items():
+        lost = [name for name in missing if name.endswith(ends)]
+        if lost:
+            faults.append(f"{kind} lost: {_some(lost)}")
+            missing = [name for name in missing if name not in lost]
+    rows = [name for name, shape in expected.items() if shape[0] == size.vocabulary != size.padded]
+    padded = [name for name in rows if found.get(name, (0,))[0] == size.padded]
+    if padded:
+        faults.append(f"padded vocabulary rows left in: {_some(padded)}")
+    misshapen = [text for text in coverage.misshapen if text.split()[0] not in padded]
+    rest = {"missing": missing, "extra": coverage.extra, "of another shape": misshapen}
+    return faults + [f"{kind}: {_some(names)}" for kind, names in rest.items() if names]
 
 
 def _comparable(model: ModelConfig) -> Facts:
-    """Plain fields, the head dimension always stated; the spread of initial weights does not matter any more."""
-    return {**model.model_dump(mode="json"), "head_dim": model.dim, "init_std": None}
+    """Plain fields; the spread of initial weights does not matter any more."""
+    return {**model.model_dump(mode="json"), "init_std": None}
 
 
-def _largest(values: list[float]) -> float:
-    """The largest value; NaN if any is, so that no comparison with a limit passes."""
-    return math.nan if any(math.isnan(value) for value in values) else max(values)
-
-
-def _kl(ours: Tensor, theirs: Tensor) -> float:
-    """Largest KL(ours || theirs) of a position, in nats; rounding may bring it just below 0."""
-    from torch.nn import functional
-
-    p, q = functional.log_softmax(ours.double(), -1), functional.log_softmax(theirs.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).clamp(min=0).max())
-
-
-def _gap(logits: Tensor) -> Tensor:
-    """Distance of the best logit to the second best, by position."""
-    best = logits.topk(2, dim=-1).values
-    return best[:, 0] - best[:, 1]
-
-
-def _sample(logits: Tensor) -> list[float]:
-    """Sixteen logits of a prompt's last position, evenly spread over the vocabulary."""
-    last = logits[-1]
-    return [float(value) for value in last[:: max(1, len(last) // 16)][:16]]
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -1,57 +1,104 @@
 """Logits of one model from both sides: Megatron's forward pass of a checkpoint, transformers' of a directory.
 
-Both run in fp32, whatever the weights' dtype, one after the other: so rounding in matrix products hides no
-fault and one model at a time is in memory. Dimensions: b batch (always 1), s sequence, v vocabulary.
+Both run in fp32, whatever the weights' dtype, one after the other and layer by layer (`streamed`): so rounding in
+matrix products hides no fault, and a model need not fit into memory. Dimensions: b batch, s sequence, h hidden,
+v vocabulary.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.checkpoint.tensors import TensorSource
 from megatron_octo.config.run import ModelConfig, ParallelConfig
-from megatron_octo.convert.walk import TensorSource
-from megatron_octo.errors import CheckpointError, DataError
+from megatron_octo.convert.hf_io import CONFIG_FILE
+from megatron_octo.convert.streamed import empty_parameters, needed_shapes, streaming
+from megatron_octo.convert.tables import cover
+from megatron_octo.errors import DataError, OctoError
+from megatron_octo.locations import Location, local_copy
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+    from torch.nn import Module
 
-SHORT_LENGTHS = (1, 7, 33, 128)
-"""Prompt lengths every model is probed with."""
+SHORT_LENGTHS = (1, 7, 33, 64)
+"""Lengths of the short prompts, which run as one batch, padded on the right (causal attention never sees it)."""
+JUMP = 32
+"""Index from which on the tokens of the short prompts sit at far positions."""
+FAR = 24_576
+"""The first far position: three times the 8192 from which on Llama 3's scaling tells."""
 POSITIONS_COMPARED = 32
-"""Last positions of each prompt whose logits are compared."""
+"""Last tokens of each prompt whose logits are compared."""
 
 _LONGEST = 2048
 _LONG_COST = 2e12
-"""Floating-point operations the long prompt may cost: 2048 tokens up to 0.5B parameters, 125 at 8B."""
+"""Floating-point operations the long prompt may cost: 2048 tokens up to 0.5B parameters, 800 at 1B, 128 at 8B."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Prompts that run as one batch: token ids of each row, and the positions all rows share `[longest row]`."""
+
+    rows: list[list[int]]
+    positions: list[int]
+
+    @property
+    def first(self) -> int:
+        """Index of the first token of any row whose logits are compared."""
+        return max(0, min(len(row) for row in self.rows) - POSITIONS_COMPARED)
+
+    def tokens(self) -> Tensor:
+        """The rows as `[b, s]`, shorter ones padded with token 0."""
+        import torch
+
+        return torch.tensor([row + [0] * (len(self.positions) - len(row)) for row in self.rows])
+
+    def compared(self, logits: Tensor, vocabulary: int) -> Iterator[Tensor]:
+        """Cut logits `[b, s - first, v or padded v]` to each row's compared tokens `[tokens, v]`, fp32 on CPU."""
+        for row, values in zip(self.rows, logits, strict=True):
+            start = max(0, len(row) - POSITIONS_COMPARED)
+            yield values[start - self.first : len(row) - self.first, :vocabulary].float().cpu()
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What one side says: logits `[positions compared, v]` of each prompt, and its RoPE frequencies `[dim / 2]`."""
+    """What one side says.
+
+    Args:
+        logits: `[tokens compared, v]` of each prompt.
+        frequencies: of RoPE, `[dim / 2]`.
+        parts: what the attention and the MLP of each layer, in turn, add for the last token of the first batch, `[h]`.
+    """
 
     logits: list[Tensor]
     frequencies: Tensor
+    parts: list[Tensor]
 
 
-def probe_lengths(model: ModelConfig) -> list[int]:
-    """Lengths of the prompts a model is probed with; the last is as long as is cheap."""
+def probes(model: ModelConfig) -> list[Probe]:
+    """The batches a model is probed with: a function of its sizes alone, so that anyone can draw them again.
+
+    The first holds short prompts, the longest of which goes on at far positions; the second a prompt as long
+    as is cheap.
+    """
     from megatron_octo.model.facts import parameter_count
 
     affordable = int(_LONG_COST / (2 * parameter_count(model)))
-    long = min(_LONGEST, max(affordable, SHORT_LENGTHS[-1]))
-    return sorted({min(length, model.max_positions) for length in (*SHORT_LENGTHS, long)})
-
-
-def probe_prompts(model: ModelConfig, lengths: list[int]) -> list[list[int]]:
-    """Prompts of the given lengths: token ids drawn with a fixed seed, so that anyone can draw them again."""
+    long = min(max(affordable, 2 * SHORT_LENGTHS[-1]), _LONGEST, model.max_positions)
+    lengths = sorted({min(length, model.max_positions) for length in SHORT_LENGTHS})
+    far = max(JUMP, min(FAR, model.max_positions - (SHORT_LENGTHS[-1] - JUMP)))
+    jumping = [*range(JUMP), *range(far, far + SHORT_LENGTHS[-1] - JUMP)][: lengths[-1]]
     draw = random.Random(20506)
-    return [[draw.randrange(model.vocabulary) for _ in range(length)] for length in lengths]
+
+    def row(length: int) -> list[int]:
+        return [draw.randrange(model.vocabulary) for _ in range(length)]
+
+    return [Probe([row(length) for length in lengths], jumping), Probe([row(long)], list(range(long)))]
 
 
 @contextmanager
@@ -71,92 +118,137 @@ def single_process() -> Iterator[None]:
         shutdown()
 
 
-def megatron_outputs(model: ModelConfig, weights: TensorSource, prompts: list[list[int]]) -> Outputs:
-    """Run Megatron's forward pass on a checkpoint's own tensors.
+def megatron_outputs(model: ModelConfig, weights: TensorSource, batches: list[Probe]) -> Outputs:
+    """Run the trainer's own model on a checkpoint's tensors.
 
     Args:
         model: the architecture.
         weights: the checkpoint; must hold exactly the model's tensors.
-        prompts: token ids.
+        batches: what to run.
 
     Raises:
-        CheckpointError: a parameter of the model is not in the checkpoint, or has another shape.
+        DataError: the checkpoint lacks a tensor of the model, has one too many, or one of another shape.
     """
     import torch
 
     from megatron_octo.model.build import build_gpt
 
     with single_process(), torch.no_grad():
-        gpt = build_gpt(model, ParallelConfig(), "fp32", pre_process=True, post_process=True, seed=None).eval()
-        load_parameters(gpt, weights)
-        device = next(gpt.parameters()).device
-        logits = []
-        for prompt in prompts:
-            tokens = torch.tensor([prompt], device=device)
-            positions = torch.arange(len(prompt), device=device)[None]
-            logits.append(_last(gpt(tokens, positions, None), model.vocabulary))
-        return Outputs(logits, gpt.rotary_pos_emb.inv_freq.detach().float().cpu())
+        with empty_parameters():
+            gpt = build_gpt(model, ParallelConfig(), "fp32", pre_process=True, post_process=True, seed=None).eval()
+        names = _checkpoint_names(gpt)
+        cover(needed_shapes(gpt, names), weights.shapes()).require(weights.where)
+        # The output layer of a tied model is handed the embedding's weight from outside.
+        kept = [name for name in names if model.tied_embeddings and name.startswith("embedding.")]
+        with streaming(gpt, names, weights, _device(), kept):
+            parts = _record(part for layer in gpt.decoder.layers for part in (layer.self_attention, layer.mlp))
+            logits = [row for probe in batches for row in _run_megatron(gpt, probe, model.vocabulary)]
+        return Outputs(logits, gpt.rotary_pos_emb.inv_freq.detach().float().cpu(), parts)
 
 
-def load_parameters(gpt: Any, weights: TensorSource) -> None:
-    """Copy a checkpoint into a whole model, tensor by tensor, by the keys megatron-core would save them under.
-
-    Raises:
-        CheckpointError: a parameter is not in the checkpoint, or has another shape.
-    """
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    stored = weights.shapes()
-    for item in gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():
-        if not isinstance(item, ShardedTensor | ShardedTensorFactory):
-            continue
-        if tuple(item.data.shape) != stored.get(item.key):
-            has = f"has shape {list(stored[item.key])}" if item.key in stored else "is missing"
-            raise CheckpointError(f"{weights.where}: {item.key} {has}, the model needs {list(item.data.shape)}")
-        item.data.copy_(weights.read(item.key))
-
-
-def transformers_outputs(directory: Path, model: ModelConfig, prompts: list[list[int]]) -> Outputs:
-    """Run transformers on a directory, as RL and evaluation will load it, but in fp32.
+def transformers_outputs(
+    directory: Location, model: ModelConfig, weights: TensorSource, batches: list[Probe]
+) -> Outputs:
+    """Run transformers on a directory: its configuration and modules, with the weights `from_pretrained` would load.
 
     Args:
-        directory: a Hugging Face model directory.
+        directory: holds `config.json`; nothing in it is executed.
         model: the architecture, for the width of the vocabulary.
-        prompts: token ids.
+        weights: the directory's tensors.
+        batches: what to run.
 
     Raises:
-        DataError: transformers cannot load the directory.
+        DataError: transformers cannot build the model, or the files do not hold exactly its tensors.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    safe = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
-        with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, **safe).eval().to(device)
-    except Exception as error:  # noqa: BLE001 - whatever a faulty directory makes transformers raise
+        with local_copy(directory, (CONFIG_FILE,)) as here:
+            config = AutoConfig.from_pretrained(str(here), local_files_only=True, trust_remote_code=False)
+        with empty_parameters():
+            loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        loaded.tie_weights()
+    except OctoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a faulty configuration makes transformers raise
         raise DataError(f"{directory}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
-    with torch.no_grad():
-        outputs = (loaded(torch.tensor([prompt], device=device), use_cache=False).logits for prompt in prompts)
-        logits = [_last(output, model.vocabulary) for output in outputs]
-    return Outputs(logits, loaded.model.rotary_emb.inv_freq.detach().float().cpu())
+    names = _transformers_names(loaded)
+    cover(needed_shapes(loaded, names), weights.shapes()).require(weights.where)
+    with torch.no_grad(), streaming(loaded, names, weights, _device()):
+        parts = _record(part for layer in loaded.model.layers for part in (layer.self_attn, layer.mlp))
+        logits = [row for probe in batches for row in _run_transformers(loaded, probe, model.vocabulary)]
+    return Outputs(logits, loaded.model.rotary_emb.inv_freq.detach().float().cpu(), parts)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars of transformers between ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _checkpoint_names(gpt: Any) -> dict[str, str]:
+    """The key megatron-core saves each parameter under, by the parameter's name in the model."""
+    saved = gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    return {name: saved[name].key for name, _ in gpt.named_parameters()}
 
 
-def _last(logits: torch.Tensor, vocabulary: int) -> Tensor:
-    """[1, s, v or padded v] -> the last positions' [positions, v] in fp32 on CPU."""
-    return logits[0, -POSITIONS_COMPARED:, :vocabulary].float().cpu()
+def _transformers_names(loaded: Any) -> dict[str, str]:
+    """The tensor `from_pretrained` takes each parameter from: its own name, or that of what it is tied to."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in loaded.named_parameters(remove_duplicate=False)
+    }
+
+
+def _record(modules: Iterable[Module]) -> list[Tensor]:
+    """Fill the list with what each module gives for the last token of the last, longest row, the first time it runs."""
+    given: list[Tensor] = []
+
+    def note(_module: Module, _given: Any, output: Any) -> None:
+        # `[s, b, h]` here, `[b, s, h]` there: the last of both is the same token.
+        hidden = output[0] if isinstance(output, tuple) else output
+        if len(given) < len(watched):
+            given.append(hidden[-1, -1].float().cpu().clone())
+
+    watched = [module.register_forward_hook(note) for module in modules]
+    return given
+
+
+def _run_megatron(gpt: Any, probe: Probe, vocabulary: int) -> Iterator[Tensor]:
+    import torch
+
+    tokens, first = probe.tokens(), probe.first
+    with ExitStack() as hooks:
+        at = partial(_angles_at, probe.positions)
+        hooks.callback(gpt.rotary_pos_emb.register_forward_hook(at).remove)
+        # Of hidden [s, b, h], only what is compared goes through the output layer: it is the largest product.
+        hooks.callback(gpt.output_layer.register_forward_pre_hook(lambda _, given: (given[0][first:],)).remove)
+        positions = torch.tensor([probe.positions]).expand_as(tokens)
+        logits = gpt(tokens.to(_device()), positions.to(_device()), None)
+    return probe.compared(logits, vocabulary)
+
+
+def _angles_at(positions: list[int], rope: Any, _given: Any, _angles: Tensor) -> Tensor:
+    """Rotary angles `[s, 1, 1, dim]` of the given positions, from megatron-core's own table, in place of 0 to s - 1."""
+    import torch
+
+    ends = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
+    runs = zip([0, *ends], [*ends, len(positions)], strict=True)
+    return torch.cat([rope.get_emb(end - start, offset=positions[start]) for start, end in runs])
+
+
+def _run_transformers(loaded: Any, probe: Probe, vocabulary: int) -> Iterator[Tensor]:
+    import torch
+
+    tokens = probe.tokens().to(_device())
+    # With a mask given, a jump of the positions is not taken for the start of another text.
+    logits = loaded(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        position_ids=torch.tensor([probe.positions], device=_device()).expand_as(tokens),
+        use_cache=False,
+        logits_to_keep=len(probe.positions) - probe.first,
+    ).logits
+    return probe.compared(logits, vocabulary)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
