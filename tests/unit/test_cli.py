@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_octo import cli
+from megatron_octo.cli import root as cli
 
 RUN: dict[str, Any] = {
     "name": "run",

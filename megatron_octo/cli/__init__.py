@@ -1,0 +1,1 @@
+"""`octo`: parse, call one function, print. No logic."""
