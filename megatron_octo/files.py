@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import time
@@ -21,6 +22,7 @@ LOCK = ".lock"
 """File of a directory that its one writer holds; its text is that process's id."""
 
 _CHUNK = 1 << 20
+_WRITE = 1 << 16
 
 
 def hash_file(path: Location) -> str:
@@ -61,6 +63,18 @@ def hash_directory(directory: Path) -> str:
 def hash_json(value: Any) -> str:
     """SHA-256 of a value made of JSON's types, hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class SmallWrites(io.FileIO):
+    """A file of gigabytes that takes at most 64 KiB at a time; wrap it in `io.BufferedWriter`.
+
+    The kernel caches a large write in large pieces of memory. On a virtual machine that gives free memory back to its
+    host each of them is fetched anew: 2 GiB cost 5.4 CPU seconds in writes of 64 MiB, and 0.6 in writes of 64 KiB.
+    """
+
+    def write(self, content: Any) -> int:
+        """Write the beginning of some bytes; returns how many."""
+        return super().write(memoryview(content).cast("B")[:_WRITE])
 
 
 def flush_to_disk(path: Path) -> None:

@@ -32,6 +32,8 @@ from megatron_octo.checkpoint.dist import METADATA, Place
 from megatron_octo.checkpoint.seal import SEAL, seal
 from megatron_octo.checkpoint.store import write_facts
 from megatron_octo.checkpoint.tensors import BLOCK_BYTES, TensorSource, row_blocks
+from megatron_octo.errors import DataError
+from megatron_octo.files import SmallWrites
 from megatron_octo.publish import Partial, publishing
 
 if TYPE_CHECKING:
@@ -72,13 +74,16 @@ def write_model(
 
     Raises:
         ConfigError: the target exists, or another process writes it.
+        DataError: layers that are to be stacked differ in dtype or shape; nothing is begun.
         OctoError: the source cannot be read.
         OSError: a file could not be written, for example because the disk is full.
     """
-    with publishing(target, made_from, last=SEAL) as partial:
+    sizes = [FILE_BYTES, BLOCK_BYTES]  # decide which rows lie in which file
+    rows = _Rows(source, places or {}, objects or {})
+    with publishing(target, {**made_from, "sizes": sizes}, last=SEAL) as partial:
         directory = partial.directory / into
         directory.mkdir(parents=True, exist_ok=True)
-        digests = _write_tensors(partial, directory, _Rows(source, places or {}, objects or {}))
+        digests = _write_tensors(partial, directory, rows)
         torch.save({}, directory / "common.pt")
         (directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
         write_facts(partial.directory, {"step": 0, "run_tokens": 0, "tokens": 0, **facts, "moments": False})
@@ -109,7 +114,12 @@ class _Rows(DefaultSavePlanner):
         size = torch.Size((depths[place.name], *shape) if stacked else shape)
         stored = self.tensors.setdefault(place.name, TensorStorageMetadata(properties, size, []))
         if (stored.size, stored.properties.dtype) != (size, properties.dtype):
-            raise ValueError(f"{name}: layers of one stack, {place.name}, differ in shape or dtype")
+            raise DataError(
+                f"{self._source.where}: {name} is {_words(size[1:], properties.dtype)}, "
+                f"in the layers before it is {_words(stored.size[1:], stored.properties.dtype)}",
+                f"all layers lie in one tensor, {place.name}",
+                "--layout octo keeps each layer's tensor as it is",
+            )
         for start, rows in row_blocks(shape, properties.dtype.itemsize):
             offsets = (start, *(0 for _ in shape[1:]))
             sizes = (rows, *shape[1:])
@@ -145,19 +155,21 @@ class _HashingFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         """Open a file for writing; `digest` is its hash once it is closed."""
-        with _Hashed(io.FileIO(path, mode)) as stream:
+        raw = _Hashed(path, mode)
+        with io.BufferedWriter(raw) as stream:
             yield stream
-        self.digest = stream.hash.hexdigest()
+        self.digest = raw.hash.hexdigest()
 
 
-class _Hashed(io.BufferedWriter):
-    def __init__(self, raw: io.RawIOBase) -> None:
-        super().__init__(raw)
+class _Hashed(SmallWrites):
+    def __init__(self, path: Any, mode: str) -> None:
+        super().__init__(path, mode)
         self.hash = blake3()
 
     def write(self, content: Any) -> int:
-        self.hash.update(content)
-        return super().write(content)
+        count = super().write(content)
+        self.hash.update(memoryview(content).cast("B")[:count])
+        return count
 
 
 class _Writer(FileSystemWriter):
@@ -220,6 +232,10 @@ def _nbytes(item: WriteItem) -> int:
     if item.tensor_data is None:
         return 0  # an object: some hundred bytes
     return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def _words(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def _depths(places: Mapping[str, Place]) -> dict[str, int]:

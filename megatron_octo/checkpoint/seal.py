@@ -96,6 +96,11 @@ def _read_seal(directory: Location) -> dict[str, dict[str, Any]]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path}: format {content['format']!r}", f"this version reads seals of format {_FORMAT}",
+                "use the version that saved it, or train again",
+            )  # fmt: skip
         return {name: {"blake3": entry["blake3"], "bytes": entry["bytes"]} for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _broken(path, "is damaged") from None

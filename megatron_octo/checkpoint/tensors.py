@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """Most bytes of one tensor that are held at a time (a single longer row is held whole)."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from megatron_octo.convert.tables import table_of
 from megatron_octo.convert.views import AsHuggingFace, AsMegatron, Cast, Watched
 from megatron_octo.errors import CertificateError, CheckpointError, ConfigError
 from megatron_octo.files import hash_weights
-from megatron_octo.locations import Location, reaching
-from megatron_octo.publish import Partial, publishing, refuse_existing
+from megatron_octo.locations import Location, in_words, reaching
+from megatron_octo.publish import Partial, publishing, refuse_existing, tidy
 
 __all__ = [
     "DTYPES", "average", "diff", "format_diff", "format_tree", "format_verdict", "from_hf", "relayout", "show",
@@ -44,6 +44,7 @@ DTYPES: dict[str, str | None] = {"source": None, "fp32": "float32", "bf16": "bfl
 _READ = (".safetensors", ".bin", hf_io.CONFIG_FILE, ".index.json")
 
 
+@in_words
 def to_hf(
     checkpoint: Location,
     out: Location,
@@ -76,6 +77,7 @@ def to_hf(
     tokens = _tokenizer(origin, tokenizer)
     kept = _kept(out, origin, tokens, DTYPES[dtype])
     if kept is not None:
+        tidy(out)
         return kept
     refuse_existing(out)
     origin.require_intact()
@@ -126,20 +128,19 @@ def write_hf(origin: Origin, partial: Partial, tokenizer: Location, dtype: str |
         dtype: torch's name of the dtype to write, None for the checkpoint's.
         shard_bytes: largest safetensors file.
     """
+    tokens = hf_io.stated_tokens(tokenizer)  # first: it is soon read, and without it nothing is worth writing
     checkpoint = origin.tensors()
     weights = AsHuggingFace(
         table_of(origin.model.family), geometry(origin.model), Cast(checkpoint, dtype) if dtype else checkpoint
     )
     with Watched("export", weights) as watched:
         write_safetensors(partial, watched, shard_bytes)
-    if origin.assets is not None:
-        others = (name for name in hf_io.ASSET_FILES if name not in hf_io.TOKENIZER_FILES)
-        hf_io.copy_assets(origin.assets, partial.directory, others)
-    hf_io.copy_assets(tokenizer, partial.directory)
+    hf_io.carry(origin.assets, tokenizer, partial.directory)
     written = weights.dtype(next(iter(weights.shapes())))
-    hf_io.write_configuration(partial.directory, origin.model, written, hf_io.tokenizer_facts(tokenizer))
+    hf_io.write_configuration(partial.directory, origin.model, written, tokens)
 
 
+@in_words
 def from_hf(model_dir: Location, out: Location, layout: str = "octo", allow_pickle: bool = False) -> dict[str, Any]:
     """Write a Hugging Face model as a sealed weights-only checkpoint, for a run's `start.checkpoint`.
 
@@ -162,12 +163,15 @@ def from_hf(model_dir: Location, out: Location, layout: str = "octo", allow_pick
     weights = hf_io.open_weights(model_dir, allow_pickle)
     source = {"directory": str(model_dir.resolve()), "files": _digests(model_dir)}
     if _written(out, layout, source):
+        tidy(out)
         return read_facts(out)
     refuse_existing(out)
     megatron = AsMegatron(table_of(model.family), geometry(model), weights)
-    return _write_megatron("import", megatron, out, layout, {"model": model, "source": source}, model_dir)
+    facts = {"model": model, "source": source}
+    return _write_megatron("import", megatron, out, layout, facts, lambda folder: hf_io.copy_assets(model_dir, folder))
 
 
+@in_words
 def relayout(checkpoint: Location, out: Location, layout: str) -> dict[str, Any]:
     """Write a checkpoint's weights in another trainer's layout: ours for Megatron-LM, theirs for us.
 
@@ -186,27 +190,29 @@ def relayout(checkpoint: Location, out: Location, layout: str) -> dict[str, Any]
     origin = read_origin(find_checkpoint(checkpoint))
     layout_of(layout).refuse(origin.model)
     if _written(out, layout, source := {"checkpoint": origin.lineage}):
+        tidy(out)
         return read_facts(out)
     refuse_existing(out)
     origin.require_intact()
     weights = origin.tensors()
     AsHuggingFace(table_of(origin.model.family), geometry(origin.model), weights)  # refuses what is not the model
     facts = {"model": origin.model, "source": source, "tokens": origin.facts.get("tokens") or 0}
-    return _write_megatron("relayout", weights, out, layout, facts, origin.tokenizer)
+    return _write_megatron(
+        "relayout", weights, out, layout, facts, lambda to: hf_io.carry(origin.assets, origin.tokenizer, to)
+    )
 
 
 def _write_megatron(
-    label: str, weights: TensorSource, out: Location, layout: str, facts: dict[str, Any], assets: Location | None
+    label: str, weights: TensorSource, out: Location, layout: str, facts: dict[str, Any], carry: Callable[[Path], None]
 ) -> dict[str, Any]:
-    """Write a model's weights as a sealed checkpoint in a layout, with what travels along."""
+    """Write a model's weights as a sealed checkpoint in a layout, with what `carry` puts beside them."""
     from megatron_octo.checkpoint.dist_write import write_model
 
     target, model = layout_of(layout), facts["model"]
     dtype = weights.dtype(next(iter(weights.shapes())))
 
     def surround(directory: Path) -> None:
-        if assets is not None:
-            hf_io.copy_assets(assets, directory / HUGGING_FACE)
+        carry(directory / HUGGING_FACE)
         carried = (directory / HUGGING_FACE).is_dir()
         target.write(directory, model, dtype, f"{out.resolve()}/{HUGGING_FACE}" if carried else None)
 

@@ -25,7 +25,7 @@ from megatron_octo.convert.tables import megatron_shapes, source_shapes
 from megatron_octo.convert.views import AsHuggingFace, AsMegatron, Watched
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.files import write_json
-from megatron_octo.locations import Location
+from megatron_octo.locations import Location, in_words
 from megatron_octo.publish import publishing, refuse_existing
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _NOT_OF_WEIGHTS = {"init_std", "max_positions"}
 
 
 class Averaged:
-    """The mean of several models' tensors, summed as float64 and rounded to their dtype.
+    """The mean of several models' tensors, summed as float64 and rounded by torch (to bfloat16 by way of float32).
 
     Args:
         parts: two or more sources of the same names, shapes and dtypes.
@@ -99,6 +99,7 @@ class Selected:
         return self._shapes
 
 
+@in_words
 def average(paths: Sequence[Location], out: Location, last: int | None = None) -> dict[str, Any]:
     """Write the average of checkpoints as a sealed weights-only checkpoint.
 
@@ -130,6 +131,7 @@ def average(paths: Sequence[Location], out: Location, last: int | None = None) -
     return read_facts(out)
 
 
+@in_words
 def truncate(path: Location, layers: int, out: Location) -> None:
     """Write a model's first layers, byte for byte, in the format it has: a toy of a real model.
 
@@ -247,8 +249,7 @@ def _facts(model: ModelConfig, source: dict[str, Any], tokens: int) -> dict[str,
 
 def _carried(origin: Origin) -> Callable[[Path], None]:
     """Puts what travels with a model (tokenizer, licence) into the new checkpoint, so that it stands alone."""
-    source = origin.assets or origin.tokenizer
-    return lambda directory: hf_io.copy_assets(source, directory / HUGGING_FACE) if source else None
+    return lambda directory: hf_io.carry(origin.assets, origin.tokenizer, directory / HUGGING_FACE)
 
 
 def _identity(directory: Location) -> dict[str, Any]:

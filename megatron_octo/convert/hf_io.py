@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ ASSET_FILES = (
 TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 """Those of a tokenizer's files that say which id a piece of text has."""
 
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Tokenizer classes that have no token but those their files state."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
@@ -47,10 +50,6 @@ class TokenizerFacts:
     bos: int | None
     eos: int
     pad: int | None
-
-    def as_dict(self) -> dict[str, int | None]:
-        """The same as plain values."""
-        return asdict(self)
 
 
 def open_weights(directory: Location, allow_pickle: bool = False) -> TensorSource:
@@ -90,6 +89,33 @@ def tokenizer_facts(directory: Location) -> TokenizerFacts:
     return TokenizerFacts(size, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
+def stated_tokens(directory: Location) -> TokenizerFacts:
+    """The ids a tokenizer's files state: `tokenizer_facts` without the two seconds `AutoTokenizer` takes.
+
+    What is written with them is held against the loaded tokenizer by the certificate.
+
+    Args:
+        directory: as for `tokenizer_facts`, and with its errors.
+    """
+    from tokenizers import Tokenizer
+
+    settings, table = directory / TOKENIZER_CONFIG_FILE, directory / "tokenizer.json"
+    if not (settings.is_file() and table.is_file()):
+        return tokenizer_facts(directory)
+    _refuse_code(directory, [TOKENIZER_CONFIG_FILE])
+    stated = read_json(settings)
+    keys = ("bos_token", "eos_token", "pad_token")
+    if stated.get("tokenizer_class") not in _PLAIN_CLASSES and not all(key in stated for key in keys):
+        return tokenizer_facts(directory)  # the class may have tokens of its own
+    texts = [value.get("content") if isinstance(value := stated.get(key), dict) else value for key in keys]
+    try:
+        tokens = Tokenizer.from_str(table.read_text(encoding="utf-8"))
+        bos, eos, pad = (tokens.token_to_id(text) if text else None for text in texts)
+    except Exception:
+        return tokenizer_facts(directory)  # says what is wrong
+    return tokenizer_facts(directory) if eos is None else TokenizerFacts(tokens.get_vocab_size(), bos, eos, pad)
+
+
 def _load_tokenizer(directory: Path, where: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -121,6 +147,21 @@ def copy_assets(source: Location, target: Path, names: Iterable[str] = ASSET_FIL
         for name in found:
             target.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((source / name).read_bytes())
+
+
+def carry(assets: Location | None, tokenizer: Location | None, target: Path) -> None:
+    """Copy what a model has beside its weights: settings and licence of its own, then its tokenizer.
+
+    Args:
+        assets: what was carried with the model before, if anything.
+        tokenizer: directory of its tokenizer, and of the rest where nothing was carried before.
+        target: see `copy_assets`.
+    """
+    if assets is not None:
+        others = [name for name in ASSET_FILES if name not in TOKENIZER_FILES]
+        copy_assets(assets, target, ASSET_FILES if tokenizer is None else others)
+    if tokenizer is not None:
+        copy_assets(tokenizer, target, ASSET_FILES if assets is None else TOKENIZER_FILES)
 
 
 def different_files(one: Location, other: Location, names: Iterable[str]) -> list[str]:

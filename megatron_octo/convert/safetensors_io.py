@@ -6,6 +6,7 @@ nothing is mapped: mapped pages count as this process's memory. A header is beli
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from megatron_octo.checkpoint.tensors import BLOCK_BYTES, Shape, TensorSource, r
 from megatron_octo.convert.shards import gather
 from megatron_octo.convert.shards import read_json as read_json
 from megatron_octo.errors import DataError
-from megatron_octo.files import write_json
+from megatron_octo.files import SmallWrites, write_json
 from megatron_octo.locations import Location, reaching, read_range
 from megatron_octo.publish import Partial
 
@@ -175,7 +176,8 @@ def _refuse_pickled(directory: Location) -> None:
     if pickled:
         raise DataError(
             f"{directory}: holds pickled weights ({pickled[0]}) and no safetensors",
-            "opening a pickle can run code", "save the model again with safe_serialization=True, or allow pickles",
+            "opening a pickle can run code",
+            "save the model again with safe_serialization=True, or import it: octo convert from-hf --allow-pickle",
         )  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def _split(sizes: Mapping[str, int], shard_bytes: float) -> list[list[str]]:
 
 
 def _write_shard(path: Path, source: TensorSource, sizes: Mapping[str, int]) -> None:
-    with path.open("wb") as file:
+    with io.BufferedWriter(SmallWrites(path, "wb")) as file:
         file.write(_header(source, sizes))
         for rows in _blocks(source, sizes):
             file.write(raw_bytes(rows))

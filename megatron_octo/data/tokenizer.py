@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_octo.errors import ConfigError
+from megatron_octo.files import read_json, write_json
 
 PAD = "<|pad|>"
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -65,4 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, out: Path) -> Pa
         clean_up_tokenization_spaces=False,
         model_max_length=_MODEL_MAX_LENGTH,
     ).save_pretrained(str(out))
+    settings = out / "tokenizer_config.json"
+    # transformers 5 writes its own new name of this class, which transformers 4 does not know; both know this one.
+    write_json(settings, {**read_json(settings), "tokenizer_class": "PreTrainedTokenizerFast"})
     return out

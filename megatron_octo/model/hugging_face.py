@@ -57,7 +57,7 @@ class _Family:
 
 
 _NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
-_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 _FAMILIES = {
     "llama": _Family(
         "LlamaForCausalLM", {"max_position_embeddings": 2048}, {"attention_bias": False, "mlp_bias": False}

@@ -19,6 +19,7 @@ from megatron_octo.checkpoint import dist_write
 from megatron_octo.convert import api, derive, forward, safetensors_io
 
 CHANGED = "import, of a source that is another one later"
+COMPLETE = ("import, after the rename", "export, after the rename")
 FILE_BYTES, SHARD_BYTES = 100_000, 100_000
 """Small enough that the tests' models need several files."""
 
@@ -45,11 +46,14 @@ POINTS: dict[str, tuple[str, Any, str, int]] = {
     "import, file written and not noted": ("from_hf", publish.Partial, "finish", 2),
     "import, before the seal": ("from_hf", dist_write, "seal", 1),
     "import, before the rename": ("from_hf", publish, "_appear", 1),
+    "import, while it is made durable": ("from_hf", publish, "flush_to_disk", 2),
+    COMPLETE[0]: ("from_hf", publish, "_remove", 1),
     "export, in the first shard": ("to_hf", safetensors_io, "raw_bytes", 1),
     "export, in a later shard": ("to_hf", safetensors_io, "raw_bytes", 60),
     "export, before the configuration": ("to_hf", api.hf_io, "write_configuration", 1),
     "export, before the certificate": ("to_hf", api, "write_certificate", 1),
     "export, before the rename": ("to_hf", publish, "_appear", 1),
+    COMPLETE[1]: ("to_hf", publish, "_remove", 1),
     "average, in a later file": ("average", dist_write._Rows, "resolve_data", 20),
     "truncation, before the configuration": ("truncate", derive, "write_json", 1),
 }

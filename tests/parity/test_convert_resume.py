@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from convert_models import write_hf, write_tokenizer
-from killed_conversion import CHANGED, POINTS, convert
+from killed_conversion import CHANGED, COMPLETE, POINTS, convert
 
 from megatron_octo.checkpoint.seal import verify_seal
 from megatron_octo.convert.api import from_hf, verify
 from megatron_octo.convert.compare import diff
 from megatron_octo.convert.forward import single_process
-from megatron_octo.publish import LOCK
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 
@@ -51,12 +50,12 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 def _finished(partial: Path) -> dict[str, int]:
     """Weight files whose completion was noted, by the time each was written."""
-    journal = (partial / ".journal.json").read_text()
-    found = (path for path in partial.rglob("*") if path.suffix in HELD and f'"{path.name}"' in journal)
-    return {str(path.relative_to(partial)): path.stat().st_mtime_ns for path in found}
+    journal, files = (partial / "journal.json").read_text(), partial / "files"
+    found = (path for path in files.rglob("*") if path.suffix in HELD and f'"{path.name}"' in journal)
+    return {str(path.relative_to(files)): path.stat().st_mtime_ns for path in found}
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point != CHANGED])
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in (CHANGED, *COMPLETE)])
 def test_a_killed_conversion_goes_on_to_the_same_end(root: Path, point: str) -> None:
     kind, out = POINTS[point][0], root / str(list(POINTS).index(point))
     assert not out.exists(), "a part under the name of the whole"
@@ -68,7 +67,16 @@ def test_a_killed_conversion_goes_on_to_the_same_end(root: Path, point: str) -> 
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept, "a finished file was written again"
     assert _files(out) == _files(root / f"whole {kind}")
     verify(out, strict=True) if kind == "to_hf" else kind == "truncate" or verify_seal(out)
-    assert not {LOCK, ".journal.json"} & set(_files(out))
+
+
+@pytest.mark.parametrize("point", COMPLETE)
+def test_what_a_kill_left_beside_a_complete_target_goes(root: Path, point: str) -> None:
+    kind, out = POINTS[point][0], root / str(list(POINTS).index(point))
+    assert out.with_name(f".{out.name}.partial").is_dir()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    convert(kind, root, out)
+    assert not out.with_name(f".{out.name}.partial").exists()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "the complete target was made again"
 
 
 def test_a_part_of_another_model_is_not_gone_on_with(root: Path) -> None:

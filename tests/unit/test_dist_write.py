@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import warnings
 from functools import partial
@@ -22,7 +23,7 @@ from megatron_octo.checkpoint.dist import Place, TorchDist
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.seal import verify_seal
 from megatron_octo.checkpoint.tensors import read, row_blocks
-from megatron_octo.errors import CheckpointError, ConfigError
+from megatron_octo.errors import CheckpointError, ConfigError, DataError
 from megatron_octo.files import hash_weights
 
 MADE_FROM = {"model": "x"}
@@ -91,6 +92,18 @@ def test_layers_are_stacked_and_folders_and_files_added(tmp_path):
         verify_seal(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("other", "said"), [(torch.zeros(15, 4).half(), r"\[15, 4\] float16"), (torch.zeros(3, 4), r"\[3, 4\] float32")]
+)
+def test_layers_that_cannot_be_stacked_are_named_before_anything_is_begun(tmp_path, monkeypatch, other, said):
+    source = Held({**TENSORS, "decoder.layers.1.weight": other})
+    write_model(tmp_path / "plain", source, {}, MADE_FROM)
+    monkeypatch.setattr(dist_write, "publishing", lambda *_, **__: pytest.fail("begun"))
+    message = rf"decoder\.layers\.1\.weight is {said}, in the layers before it is \[15, 4\] float32.*--layout octo"
+    with pytest.raises(DataError, match=message):
+        write_model(tmp_path / "stacked", source, {}, MADE_FROM, STACKED)
+
+
 def test_a_url_is_written_and_read(tmp_path):
     target = UPath("memory://written/model")
     write_model(target, Held(TENSORS), {}, MADE_FROM)
@@ -152,31 +165,52 @@ def test_what_was_made_from_another_model_is_not_used(tmp_path):
     assert torch.equal(found, TENSORS["decoder.layers.0.weight"] + 1)
 
 
-def failing_at(call: int, error: BaseException):
-    """Raise from one of the writes to files; a tensor takes 39, and a file holds five."""
+@pytest.mark.parametrize("what", ["FILE_BYTES", "BLOCK_BYTES"])
+def test_what_was_cut_into_other_files_is_not_used(tmp_path, monkeypatch, what):
+    killed(tmp_path / "model")
+    monkeypatch.setattr(dist_write, what, 200)
+    source = Held(TENSORS)
+    write_model(tmp_path / "model", source, {}, MADE_FROM)
+    assert set(source.asked) == set(TENSORS)
+    verify_seal(tmp_path / "model")
+    assert_holds(tmp_path / "model")
+
+
+def failing_at(share: float, error: BaseException, scratch: Path):
+    """Raise from one of the writes to files: 0 is the first of all, 1 the last."""
     done, plain = [], dist_write._Hashed.write
 
-    def write(stream, content):
+    def count(stream, content):
         done.append(len(content))
-        if len(done) == call:
-            raise error
         return plain(stream, content)
+
+    with mock.patch.object(dist_write._Hashed, "write", count):
+        write_model(scratch / "undisturbed", Held(TENSORS), {}, MADE_FROM)
+    shutil.rmtree(scratch)
+    last = round(share * (len(done) - 1))
+    done.clear()
+
+    def write(stream, content):
+        if len(done) == last:
+            raise error
+        return count(stream, content)
 
     return mock.patch.object(dist_write._Hashed, "write", write)
 
 
-@pytest.mark.parametrize("call", [1, 20, 300])
-def test_a_full_disk_is_told_as_one_and_leaves_nothing(tmp_path, call):
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_full_disk_is_told_as_one_and_leaves_nothing(tmp_path, share):
     torch.serialization.set_crc32_options(True)
-    with failing_at(call, OSError(errno.ENOSPC, "No space left on device")), pytest.raises(OSError, match="No space"):
+    full = failing_at(share, OSError(errno.ENOSPC, "No space left on device"), tmp_path / "scratch")
+    with full, pytest.raises(OSError, match="No space"):
         write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM)
     assert list(tmp_path.iterdir()) == []
     assert torch.serialization.get_crc32_options()
 
 
-@pytest.mark.parametrize("call", [199, 300])
-def test_an_interrupt_amid_a_file_keeps_the_files_before(tmp_path, call):
-    with failing_at(call, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("share", [0.5, 0.6])
+def test_an_interrupt_amid_a_file_keeps_the_files_before(tmp_path, share):
+    with failing_at(share, KeyboardInterrupt(), tmp_path / "scratch"), pytest.raises(KeyboardInterrupt):
         write_model(tmp_path / "model", Held(TENSORS), {}, MADE_FROM)
     source = Held(TENSORS)
     write_model(tmp_path / "model", source, {}, MADE_FROM)

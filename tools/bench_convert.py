@@ -1,0 +1,355 @@
+"""What a conversion costs beside plain safetensors reading and writing, and beside `cp`.
+
+Makes a random Llama with a tokenizer of its own, then runs every way to move it as a process of its own, in turns
+and in an order that changes from round to round, so that a slow minute of the machine hits them all alike. Compared
+are CPU seconds of whole processes, start-up included; wall seconds depend on the disk and are shown beside them.
+
+    python tools/bench_convert.py --quick              a minute's smoke run, figures without meaning
+    python tools/bench_convert.py                      Llama-3.2-1B's shape, the figures of the readme
+    python tools/bench_convert.py --shape 8b --rounds 1 --scratch /mnt/large
+
+The last line is one JSON object: CPU seconds of each direction over those of safetensors in the same round, peak
+resident memory over the bytes of the weights, and the seconds one certificate takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GIB = 2**30
+SHARD_BYTES = 5 * 10**9
+POLL_SECONDS = 0.02
+COPIES = 3.1
+"""Directories of the model's size that exist at a time: the model, its checkpoint and what is being written."""
+
+_LLAMA_32 = {"vocab_size": 128256, "tie_word_embeddings": True, "factor": 32.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 32, **_LLAMA_32, "vocab_size": 8000,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, **_LLAMA_32,
+    },
+    "3b": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "head_dim": 128, **_LLAMA_32,
+    },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, **_LLAMA_32, "tie_word_embeddings": False, "factor": 8.0,
+    },
+}  # fmt: skip
+"""Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B as their published config.json give them, and one for --quick."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one process cost: CPU, the kernel's part of it, and wall in seconds, peak resident memory in bytes."""
+
+    cpu: float
+    system: float
+    wall: float
+    peak: int
+
+
+# -- the model
+
+
+def tensor_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llama's tensors, in the order in which they are stored."""
+    hidden, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    queries, pairs = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
+    layer = {
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (pairs, hidden),
+        "self_attn.v_proj": (pairs, hidden), "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape["vocab_size"], hidden)}
+    for number in range(shape["num_hidden_layers"]):
+        shapes |= {f"model.layers.{number}.{part}.weight": size for part, size in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not shape["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (shape["vocab_size"], hidden)
+    return shapes
+
+
+def weight_bytes(shape: dict[str, Any]) -> int:
+    """Size of the weights in bfloat16."""
+    return 2 * sum(math.prod(size) for size in tensor_shapes(shape).values())
+
+
+def make_model(out: Path, shape: dict[str, Any]) -> None:
+    """Write a random bfloat16 Llama as a Hugging Face directory: weights in shards, configuration, tokenizer."""
+    from safetensors.torch import save_file
+
+    from megatron_octo.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["Question: 12 apples and 7 pears.\nAnswer: 19 fruits in all.\n"], 400, out)
+    shapes = tensor_shapes(shape)
+    shards = list(_shards(shapes))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file(_random_tensors({name: shapes[name] for name in names}, number), out / file, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = {"total_size": weight_bytes(shape)}
+        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": total, "weight_map": index}))
+    (out / "config.json").write_text(json.dumps(_config(shape, out), indent=2))
+
+
+def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, dims in shapes.items():
+        more = 2 * math.prod(dims)
+        if names and size + more > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    yield names
+
+
+def _random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Values of a trained model's size; norms differ from one, so that a lost norm shows."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.empty(dims, dtype=torch.bfloat16).normal_(1.0 if "norm" in name else 0.0, 0.02, generator=draw)
+        for name, dims in shapes.items()
+    }
+
+
+def _config(shape: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(str(tokenizer))
+    sizes = {name: value for name, value in shape.items() if name != "factor"}
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False,
+        "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": shape["factor"], "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        **sizes,
+    }  # fmt: skip
+
+
+# -- what is measured: each runs in a process of its own
+
+
+def copy_with_safetensors(source: Path, out: Path) -> None:
+    """The plain way: load each file with the safetensors library and save it again."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir()
+    for path in sorted(source.glob("*.safetensors")):
+        save_file(load_file(path), out / path.name, {"format": "pt"})
+
+
+def write_without_certificate(checkpoint: Path, out: Path) -> None:
+    """What `octo convert to-hf` does before it proves the result: the checkpoint's seal held against its files too."""
+    from megatron_octo.convert.api import write_hf
+    from megatron_octo.convert.megatron_io import read_origin
+    from megatron_octo.publish import publishing
+
+    origin = read_origin(checkpoint)
+    origin.require_intact()
+    with publishing(out, {}, last="config.json") as partial:
+        write_hf(origin, partial, origin.tokenizer, None, SHARD_BYTES)
+
+
+def certify(checkpoint: Path, written: Path) -> None:
+    """The proof alone, of a directory that is there."""
+    from megatron_octo.convert.certificate import certify as examine
+    from megatron_octo.convert.certificate import explain
+    from megatron_octo.convert.megatron_io import read_origin
+
+    certificate = examine(read_origin(checkpoint), written, None)
+    if not certificate["valid"]:
+        raise SystemExit("the certificate does not hold: " + "; ".join(explain(certificate)))
+
+
+STEPS: dict[str, Callable[[Path, Path], None]] = {
+    "safetensors": copy_with_safetensors, "to_hf": write_without_certificate, "certify": certify,
+}  # fmt: skip
+
+
+def command(step: str, source: Path, out: Path) -> list[str]:
+    """The argument vector of one step."""
+    if step == "cp":
+        return ["cp", "-r", "--reflink=never", str(source), str(out)]
+    if step == "from_hf":
+        return [sys.executable, "-m", "megatron_octo.cli", "convert", "from-hf", str(source), str(out)]
+    return [sys.executable, __file__, "--step", step, str(source), str(out)]
+
+
+def measure(step: str, source: Path, out: Path) -> Cost:
+    """Run one step to its end.
+
+    The peak is what the kernel notes of each process (VmHWM), asked for all the time: `ru_maxrss` would count the
+    memory of whoever started the process too.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(command(step, source, out), stdout=said, stderr=said)
+        peaks: dict[int, int] = {}
+        try:
+            while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
+                peaks |= _peaks(child.pid)
+                time.sleep(POLL_SECONDS)
+            child.returncode = os.waitstatus_to_exitcode(ended[1])
+        finally:
+            if child.returncode is None:  # interrupted
+                child.kill()
+                child.wait()
+        wall = time.perf_counter() - began
+        if child.returncode:
+            said.seek(0)
+            raise SystemExit(f"{step} failed:\n{said.read().decode(errors='replace')[-4000:]}")
+    used = ended[2]
+    return Cost(used.ru_utime + used.ru_stime, used.ru_stime, wall, sum(peaks.values()))
+
+
+def _peaks(pid: int) -> dict[int, int]:
+    """Peak resident bytes so far of a process and of those it started that still run."""
+    import psutil
+
+    peaks: dict[int, int] = {}
+    try:
+        pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+        for one in pids:
+            for line in Path(f"/proc/{one}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    peaks[one] = int(line.split()[1]) * 1024
+    except (psutil.NoSuchProcess, OSError):
+        pass
+    return peaks
+
+
+# -- the rounds
+
+
+def run_rounds(scratch: Path, rounds: int, certificate: bool) -> dict[str, list[Cost]]:
+    """Every step once a round, in an order that turns by one from round to round, over a model that is there.
+
+    The first conversions fill the page cache and leave the checkpoint; they are not counted.
+    """
+    model, checkpoint, out = scratch / "model", scratch / "checkpoint", scratch / "out"
+    measure("from_hf", model, checkpoint)
+    sources = {"cp": model, "safetensors": model, "from_hf": model, "to_hf": checkpoint}
+    costs: dict[str, list[Cost]] = {step: [] for step in sources}
+    steps = list(sources)
+    for number in range(rounds):
+        for step in steps[number % len(steps) :] + steps[: number % len(steps)]:
+            costs[step].append(measure(step, sources[step], out))
+            print(f"  round {number + 1}/{rounds}  {step:<12}{costs[step][-1].cpu:8.2f} CPU s", file=sys.stderr)
+            shutil.rmtree(out)
+    if certificate:
+        measure("to_hf", checkpoint, out)
+        costs["certificate"] = [measure("certify", checkpoint, out)]
+    return costs
+
+
+def figures(costs: dict[str, list[Cost]], size: int) -> dict[str, float | None]:
+    """The figures of the last line; ratios are taken round by round, then their median."""
+    result: dict[str, float | None] = {}
+    for step in ("from_hf", "to_hf"):
+        pairs = zip(costs[step], costs["safetensors"], strict=True)
+        result[f"{step}_cpu_vs_safetensors"] = round(median(one.cpu / plain.cpu for one, plain in pairs), 3)
+    for step in ("from_hf", "to_hf"):
+        result[f"{step}_rss_vs_file"] = round(median(cost.peak for cost in costs[step]) / size, 3)
+    proof = costs.get("certificate")
+    result["certificate_s"] = round(median(cost.wall for cost in proof), 1) if proof else None
+    return result
+
+
+def table(costs: dict[str, list[Cost]], size: int) -> str:
+    """Medians with their spread, one line a step."""
+    lines = [f"{'':<12}{'CPU s (min-max)':>26}{'system s':>10}{'wall s (min-max)':>26}{'peak MiB':>10}{'of file':>9}"]
+    for step, found in costs.items():
+        cpu, wall = _spread([cost.cpu for cost in found]), _spread([cost.wall for cost in found])
+        peak, system = median(cost.peak for cost in found), median(cost.system for cost in found)
+        lines.append(f"{step:<12}{cpu:>26}{system:>10.2f}{wall:>26}{peak / 2**20:>10.0f}{peak / size:>9.2f}")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def machine() -> str:
+    """What the figures belong to: processor, cores, load, versions, commit."""
+    from importlib.metadata import version
+
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = names[0].split(":", 1)[1].strip() if names else platform.machine()
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "megatron-core"))
+    return f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; {packages}; commit {commit or 'unknown'}"
+
+
+def main() -> None:
+    """Parse, make the model, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b", help="which Llama (default: 1b)")
+    parser.add_argument("--layers", type=int, help="another number of layers")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each step runs (default: 5)")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files")
+    parser.add_argument("--skip-certificate", action="store_true", help="certificate_s is null then")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
+    parser.add_argument("--step", nargs=3, metavar=("STEP", "FROM", "TO"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        STEPS[args.step[0]](Path(args.step[1]), Path(args.step[2]))
+        return
+    if args.rounds < 1 or (args.layers is not None and args.layers < 1):
+        parser.error("--rounds and --layers are at least 1")
+    shape = dict(SHAPES["tiny" if args.quick else args.shape])
+    shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
+    size = weight_bytes(shape)
+    if not args.scratch.is_dir():
+        parser.error(f"--scratch {args.scratch}: no such directory")
+    free = shutil.disk_usage(args.scratch).free
+    if free < COPIES * size:
+        need = f"{COPIES * size / GIB:.1f} GiB are needed"
+        parser.error(f"--scratch {args.scratch}: {free / GIB:.1f} GiB free, {need}; name another directory")
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="bench_convert_", dir=args.scratch) as scratch:
+        print(f"a Llama of {size / 2e9:.3f}B parameters, {size / GIB:.2f} GiB in bfloat16", flush=True)
+        make_model(Path(scratch) / "model", shape)
+        costs = run_rounds(Path(scratch), 1 if args.quick else args.rounds, not args.skip_certificate)
+    print(table(costs, size))
+    print(f"load at the end {os.getloadavg()[0]:.2f}")
+    print(json.dumps(figures(costs, size)))
+
+
+if __name__ == "__main__":
+    main()
