@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, OctoError
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, OctoError, machine_problem
 
 if TYPE_CHECKING:
     from upath import UPath
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 Location: TypeAlias = "Path | UPath"
 """Readers use only what both have: `/`, `is_file`, `is_dir`, `open("rb")`, `read_text`, `iterdir`, `glob`, `name`,
@@ -59,23 +63,48 @@ def is_remote(location: Location) -> bool:
 
 
 @contextmanager
-def reaching(location: Location) -> Iterator[None]:
+def reaching(*locations: Location) -> Iterator[None]:
     """Say in words that a remote location cannot be reached; each service has errors of its own.
 
     Raises:
-        EnvironmentProblem: in place of any error but ours and a missing file.
+        EnvironmentProblem: in place of any error but ours, a missing file, and what befalls this machine's own files.
     """
     try:
         yield
     except (OctoError, FileNotFoundError):
         raise
     except Exception as error:
-        if not is_remote(location):
+        places = " or ".join(str(location) for location in locations if is_remote(location))
+        if not places or machine_problem(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise EnvironmentProblem(
-            f"{location}: cannot be reached ({reason})", fix="check the address, the network and the credentials"
+            f"{places}: cannot be reached ({reason})", fix="check the address, the network and the credentials"
         ) from None
+
+
+def in_words(command: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Make a command say in words that a location it was given cannot be reached, see `reaching`.
+
+    Beneath a command files are asked for in many places; here none of them is forgotten. Places that know which of
+    several locations fails still say so themselves.
+    """
+
+    @wraps(command)
+    def spoken(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with reaching(*_named([*args, *kwargs.values()])):
+            return command(*args, **kwargs)
+
+    return spoken
+
+
+def _named(values: Iterable[Any]) -> Iterator[Location]:
+    """The remote locations among a command's arguments; they alone have a file system of their own."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _named(value)
+        elif hasattr(value, "fs"):
+            yield value
 
 
 def read_range(location: Location, start: int, out: memoryview) -> None:

@@ -7,6 +7,7 @@ any axis by the layout that saved it. Optimizer state lies beside them under `op
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
@@ -131,6 +132,10 @@ class TorchDist:
             raise _broken(path, str(error), chunk.tensor) from None
         except DataError as error:
             raise _broken(path, error.what.removeprefix(f"{path}: "), chunk.tensor) from None
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which a position is that no file has
+                raise
+            raise _broken(path, f"has no byte {chunk.start + chunk.length}", chunk.tensor) from None
         if run is not part:
             part.copy_(run)
 

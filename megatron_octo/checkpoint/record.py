@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from megatron_octo.errors import OctoError
 from megatron_octo.locations import read_range
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def find_values(file: Location, start: int, length: int, shape: tuple[int, ...],
         DataError: the file ends before.
         OSError: it cannot be read.
     """
-    archive = io.BufferedReader(_Window(file, start, length))
     try:
+        archive = io.BufferedReader(_Window(file, start, length))
         with zipfile.ZipFile(archive) as entries:
             records = {entry.filename.partition("/")[2]: entry for entry in entries.infolist()}
         order = records.get("byteorder")
@@ -65,15 +66,15 @@ def find_values(file: Location, start: int, length: int, shape: tuple[int, ...],
         description = _Description(io.BytesIO(_content(archive, records["data.pkl"]))).load()
         values = records[f"data/{description.storage.key}"]
         first = _start(archive, values)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, NotImplementedError) as error:
-        raise Unreadable(str(error) or type(error).__name__) from None
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise Unreadable(f"it is not one saved tensor ({error})") from None
-    found = (tuple(description.shape), description.storage.dtype)
-    if found != (shape, dtype):
-        raise Unreadable(f"it holds {_words(*found)}, listed is {_words(shape, dtype)}")
-    if description.start or not _row_major(shape, tuple(description.strides)):
-        raise Unreadable("its values are not in row-major order")
+        found = (tuple(description.shape), description.storage.dtype)
+        if found != (shape, dtype):
+            raise Unreadable(f"it holds {_words(*found)}, listed is {_words(shape, dtype)}")
+        if description.start or not _row_major(shape, tuple(description.strides)):
+            raise Unreadable("its values are not in row-major order")
+    except (Unreadable, OctoError, OSError):
+        raise
+    except Exception as error:  # damage to an archive or a pickle shows in every way there is
+        raise Unreadable(f"it is not one saved tensor ({str(error) or type(error).__name__})") from None
     if values.file_size != math.prod(shape) * dtype.itemsize:
         raise Unreadable(f"it holds {values.file_size} bytes of values for {_words(shape, dtype)}")
     return start + first

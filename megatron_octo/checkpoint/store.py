@@ -80,7 +80,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "every checkpoint says which run it belongs to") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if not isinstance(facts, dict):
         raise CheckpointError(f"{path}: does not hold a JSON object")

@@ -54,7 +54,7 @@ def from_hf(
     """
     from megatron_octo.convert import api
 
-    api.from_hf(model, out, layout, allow_pickle)
+    _say_arguments(api.from_hf(model, out, layout, allow_pickle))
 
 
 @app.command("relayout")
@@ -69,7 +69,7 @@ def relayout(
     """
     from megatron_octo.convert import api
 
-    api.relayout(checkpoint, out, layout)
+    _say_arguments(api.relayout(checkpoint, out, layout))
 
 
 @app.command("verify")
@@ -144,3 +144,8 @@ def truncate(
     from megatron_octo.convert import api
 
     api.truncate(path, layers, out)
+
+
+def _say_arguments(facts: dict[str, Any]) -> None:
+    if facts.get("to_state"):
+        typer.echo(f"{facts['layout']} does not take these over, state them: {' '.join(facts['to_state'])}")

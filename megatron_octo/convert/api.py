@@ -217,6 +217,8 @@ def _write_megatron(
         target.write(directory, model, dtype, f"{out.resolve()}/{HUGGING_FACE}" if carried else None)
 
     facts = {**facts, "model": model.model_dump(mode="json"), "layout": layout, "versions": versions()}
+    if arguments := target.to_state(model):
+        facts["to_state"] = arguments
     with Watched(label, weights) as watched:
         write_model(
             out,

@@ -26,7 +26,7 @@ from megatron_octo.convert.safetensors_io import SafetensorsDirectory, read_json
 from megatron_octo.convert.views import Cast
 from megatron_octo.errors import CertificateError, DataError, OctoError
 from megatron_octo.files import hash_json, hash_weights, write_json
-from megatron_octo.locations import Location
+from megatron_octo.locations import Location, in_words
 
 CERTIFICATE_FILE = "certificate.json"
 FORMAT = 2
@@ -89,6 +89,7 @@ def write_certificate(directory: Path, certificate: dict[str, Any]) -> None:
     write_json(directory / CERTIFICATE_FILE, certificate)
 
 
+@in_words
 def require_valid(model_dir: Location) -> dict[str, Any]:
     """Let only a proven model pass: certificate present, unedited, valid, and every file as it was certified.
 
@@ -100,12 +101,14 @@ def require_valid(model_dir: Location) -> dict[str, Any]:
 
     Raises:
         CertificateError: names the file or field.
+        EnvironmentProblem: a remote directory cannot be reached.
     """
     certificate = _read(model_dir)
     _refuse(model_dir, _verdict(certificate) + _hash_problems(model_dir, certificate))
     return certificate
 
 
+@in_words
 def examine(model_dir: Location, strict: bool = False) -> dict[str, Any]:
     """Repeat every check that needs neither checkpoint nor trainer.
 
@@ -119,6 +122,7 @@ def examine(model_dir: Location, strict: bool = False) -> dict[str, Any]:
 
     Raises:
         CertificateError: there is no certificate, or it was edited.
+        EnvironmentProblem: a remote directory cannot be reached.
     """
     certificate = _read(model_dir)
     model = parse_config(ModelConfig, certificate["model"], str(model_dir / CERTIFICATE_FILE))

@@ -7,8 +7,11 @@ put into one vocabulary, the argument names of megatron-core, and read there. No
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -18,7 +21,7 @@ from megatron_octo.config.run import ModelConfig
 from megatron_octo.convert.inert import Inert, read_inert
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.files import read_json
-from megatron_octo.locations import Location, locate
+from megatron_octo.locations import Location
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Names the newest checkpoint of a Megatron-LM or Megatron-Bridge directory: an iteration, or "release"."""
@@ -118,6 +121,7 @@ def model_of(architecture: Mapping[str, Any], rows: int, where: str) -> ModelCon
         where: file to name in messages.
 
     Raises:
+        CheckpointError: a vocabulary that is no number.
         ConfigError: an architecture that is not one of ours, named by the argument that says so.
     """
     _refuse_other_architectures(architecture, where)
@@ -127,7 +131,7 @@ def model_of(architecture: Mapping[str, Any], rows: int, where: str) -> ModelCon
     kinds = bool(architecture.get("add_qkv_bias")), bool(architecture.get("qk_layernorm"))
     if kinds not in _FAMILIES:
         raise ConfigError(f"{where}: add_qkv_bias and qk_layernorm are both on", "no family we know has both")
-    vocabulary = architecture.get("vocab_size") or rows
+    vocabulary = whole(architecture.get("vocab_size"), f"{where}: vocab_size") or rows
     if vocabulary > rows:
         raise ConfigError(f"{where}: vocab_size = {vocabulary}", f"the stored embedding has {rows} rows")
     values = {
@@ -141,6 +145,45 @@ def model_of(architecture: Mapping[str, Any], rows: int, where: str) -> ModelCon
         "max_positions": architecture.get("max_position_embeddings") or architecture.get("seq_length"),
     }
     return parse_config(ModelConfig, values, where)
+
+
+def section(content: Mapping[str, Any], name: str, where: object, needed: bool = False) -> Mapping[str, Any]:
+    """A part of a description that has parts of its own; empty where it is not there.
+
+    Raises:
+        CheckpointError: it is something else, or is needed and not there.
+    """
+    found = content.get(name)
+    if needed and not found:
+        raise CheckpointError(f"{where}: has no section '{name}'", "it says which model the weights are of")
+    if found is not None and not isinstance(found, Mapping):
+        raise CheckpointError(f"{where}: {name} = {reprlib.repr(found)}", "it is a section with fields of its own")
+    return found or {}
+
+
+def whole(value: Any, field: str) -> int:
+    """A number a description states; 0 where it states none.
+
+    Raises:
+        CheckpointError: no whole number, or a negative one.
+    """
+    if value is not None and (type(value) is not int or value < 0):
+        raise CheckpointError(f"{field} = {reprlib.repr(value)}", "it is a whole number")
+    return value or 0
+
+
+def named_directory(value: Any, field: str) -> Path | None:
+    """A directory that a checkpoint names; None where it is not there.
+
+    It is taken for a path on this machine, whatever it says: no address is visited because a file from elsewhere
+    names it. Who wants one visited can name it.
+
+    Raises:
+        CheckpointError: what it names is no text.
+    """
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{field} = {reprlib.repr(value)}", "it is a path")
+    return Path(value) if value and os.path.isdir(value) else None
 
 
 def _refuse_other_architectures(architecture: Mapping[str, Any], where: str) -> None:
@@ -161,7 +204,8 @@ def _plain(value: Any) -> Any:
         return value.arguments[0] if value.arguments else value.named.rpartition(".")[2]
     if isinstance(value, Mapping) and "_target_" in value:
         arguments = value.get("_args_")
-        return arguments[0] if arguments else str(value["_target_"]).rpartition(".")[2]
+        plain = isinstance(arguments, list) and arguments
+        return arguments[0] if plain else str(value["_target_"]).rpartition(".")[2]
     return value
 
 
@@ -191,7 +235,7 @@ def _describe_megatron_lm(directory: Location) -> Described:
             "which of the two the weights were trained with is not known",
             "convert it with the tool of the trainer that made it",
         )
-    tokenizer = _first_tokenizer([arguments.get("tokenizer_model")])
+    tokenizer = _first_tokenizer(named_directory(arguments.get("tokenizer_model"), f"{path}: tokenizer_model"))
     architecture = {
         **arguments,
         "gated_linear_unit": bool(arguments.get("swiglu")),
@@ -208,16 +252,15 @@ def _describe_megatron_lm(directory: Location) -> Described:
         "rope_scaling_factor": factor,
         "vocab_size": arguments.get("vocab_size") or _tokens(tokenizer),
     }
-    return Described(architecture, tokenizer, int(common.get("iteration") or 0))
+    return Described(architecture, tokenizer, whole(common.get("iteration"), f"{path}: iteration"))
 
 
 def _describe_bridge(directory: Location) -> Described:
-    config = _read_yaml(directory / RUN_CONFIG)
-    architecture = config.get("model")
-    if not isinstance(architecture, Mapping):
-        raise CheckpointError(f"{directory / RUN_CONFIG}: has no section 'model'", "it says what the weights are of")
-    named = (config.get("tokenizer") or {}).get("tokenizer_model")
-    tokenizer = _first_tokenizer([directory / "tokenizer", named])
+    path = directory / RUN_CONFIG
+    config = _read_yaml(path)
+    architecture = section(config, "model", path, needed=True)
+    named = section(config, "tokenizer", path).get("tokenizer_model")
+    tokenizer = _first_tokenizer(directory / "tokenizer", named_directory(named, f"{path}: tokenizer_model"))
     digits = re.fullmatch(r"iter_(\d+)", directory.name)
     known = {**architecture, "vocab_size": architecture.get("vocab_size") or _tokens(tokenizer)}
     return Described(known, tokenizer, int(digits[1]) if digits else 0)
@@ -226,12 +269,11 @@ def _describe_bridge(directory: Location) -> Described:
 def _describe_nemo(directory: Location) -> Described:
     path = directory / CONTEXT / "model.yaml"
     content = _read_yaml(path)
-    architecture = content.get("config")
-    if not isinstance(architecture, Mapping):
-        raise CheckpointError(f"{path}: has no section 'config'", "it says which model the weights are of")
-    named = (content.get("tokenizer") or {}).get("pretrained_model_name")
+    architecture = section(content, "config", path, needed=True)
+    named = section(content, "tokenizer", path).get("pretrained_model_name")
     carried = sorted(path for path in (directory / CONTEXT).iterdir() if path.is_dir())
-    tokenizer = _first_tokenizer([*carried, directory / CONTEXT, named])
+    outside = named_directory(named, f"{path}: pretrained_model_name")
+    tokenizer = _first_tokenizer(*carried, directory / CONTEXT, outside)
     digits = re.search(r"step=(\d+)", directory.name)
     known = {**architecture, "vocab_size": architecture.get("vocab_size") or _tokens(tokenizer)}
     return Described(known, tokenizer, int(digits[1]) if digits else 0)
@@ -249,32 +291,29 @@ def _read_yaml(path: Location) -> Mapping[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "it says which model the weights are of") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds no sections", "it says which model the weights are of")
     return content
 
 
-def _first_tokenizer(candidates: list[Any]) -> Location | None:
-    for directory in _directories(candidates):
-        if any((directory / name).is_file() for name in _TOKENIZER_FILES):
+def _first_tokenizer(*directories: Location | None) -> Location | None:
+    for directory in directories:
+        if directory is not None and any((directory / name).is_file() for name in _TOKENIZER_FILES):
             return directory
     return None
 
 
-def _directories(candidates: list[Any]) -> Iterator[Location]:
-    for candidate in candidates:
-        named = candidate if not isinstance(candidate, Inert) else "/".join(map(str, candidate.arguments))
-        if named:
-            yield locate(named) if isinstance(named, str) else named
-
-
 def _tokens(tokenizer: Location | None) -> int | None:
     """How many ids a tokenizer has, by its `tokenizer.json`; None where that does not say."""
-    content = read_json(tokenizer / "tokenizer.json") if tokenizer is not None else None
-    if not isinstance(content, dict):
-        return None
-    vocabulary = (content.get("model") or {}).get("vocab") or {}
-    ids = vocabulary.values() if isinstance(vocabulary, Mapping) else range(len(vocabulary))
-    return max([*ids, *(token["id"] for token in content.get("added_tokens") or ())], default=-1) + 1 or None
+    try:
+        content = read_json(tokenizer / "tokenizer.json") if tokenizer is not None else None
+        if not isinstance(content, dict):
+            return None
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        ids = vocabulary.values() if isinstance(vocabulary, Mapping) else range(len(vocabulary))
+        return max([*ids, *(token["id"] for token in content.get("added_tokens") or ())], default=-1) + 1 or None
+    except (AttributeError, LookupError, RecursionError, TypeError):
+        path = f"{tokenizer}/tokenizer.json"
+        raise CheckpointError(f"{path}: its vocabulary is damaged", "it says how many tokens the model has") from None

@@ -6,16 +6,17 @@ class or function it names is neither imported nor called; an `Inert` object kee
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from collections.abc import Mapping
 from typing import IO, Any, Self
 
-from megatron_octo.errors import CheckpointError
-from megatron_octo.locations import Location
+from megatron_octo.errors import CheckpointError, OctoError
+from megatron_octo.locations import Location, reaching
 
-_LONGEST = 64 << 20
-"""Bytes of a pickle. Megatron-LM's arguments take some 50 KB, a run's whole common state a few MB."""
+_LONGEST = 256 << 20
+"""Bytes of a file. Megatron-LM's arguments take some 50 KB, a run's whole common state a few MB."""
 
 
 class Inert:
@@ -68,22 +69,33 @@ def read_inert(path: Location) -> Any:
         path: e.g. a checkpoint's `common.pt`.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of the time before torch wrote zip archives.
+        CheckpointError: it is missing, damaged, too long, or of the time before torch wrote zip archives.
+        EnvironmentProblem: a remote file cannot be reached.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename.split("/")[1:] == ["data.pkl"]]
-            if len(entries) != 1 or entries[0].file_size > _LONGEST:
-                raise ValueError("it holds no pickle, or one that is too long")
-            with archive.open(entries[0]) as stream:
-                return _Reader(stream).load()
+        with reaching(path), path.open("rb") as stream:
+            content = io.BytesIO(stream.read(_LONGEST + 1))
+        if content.getbuffer().nbytes > _LONGEST:
+            raise ValueError(f"it is longer than {_LONGEST >> 20} MiB")
+        return _values(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "it says which model the weights are of") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RecursionError) as error:
-        raise _unreadable(path, error) from None
-    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError, NotImplementedError) as error:
-        # What a pickle may raise whose instructions make no sense: it is data, and damaged.
-        raise _unreadable(path, error) from None
+    except (OctoError, OSError):
+        raise
+    except Exception as error:  # instructions of a pickle or an archive that make no sense fail in every way there is
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason})", "it is a file of torch.save", "copy the file again"
+        ) from None
+
+
+def _values(content: IO[bytes]) -> Any:
+    with zipfile.ZipFile(content) as archive:
+        entries = [entry for entry in archive.infolist() if entry.filename.split("/")[1:] == ["data.pkl"]]
+        if len(entries) != 1 or entries[0].file_size > _LONGEST:
+            raise ValueError("it holds no pickle, or one that is too long")
+        with archive.open(entries[0]) as stream:
+            return _Reader(stream).load()
 
 
 class _Reader(pickle.Unpickler):
@@ -99,7 +111,3 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, _: Any) -> None:
         """The values of a tensor, which are not wanted."""
-
-
-def _unreadable(path: Location, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read ({error})", "it is a file of torch.save", "copy the file again")

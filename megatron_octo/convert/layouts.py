@@ -91,6 +91,12 @@ class Layout:
         if self.name == "nemo":
             nemo.refuse(model)
 
+    def to_state(self, model: ModelConfig) -> list[str]:
+        """Arguments this trainer must be given, because it does not take them over from a checkpoint."""
+        if self.name != "megatron-lm":
+            return []
+        return ["--use-rope-scaling"] * (model.rope_scaling is not None) + ["--qk-layernorm"] * model.qk_norm
+
     def write(self, directory: Path, model: ModelConfig, dtype: str, assets: str | None = None) -> None:
         """Write the files around the weights.
 

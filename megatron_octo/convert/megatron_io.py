@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.checkpoint.seal import SEAL, seal_digest, verify_seal
@@ -17,11 +17,23 @@ from megatron_octo.checkpoint.store import FACTS, latest_checkpoint, read_facts
 from megatron_octo.checkpoint.tensors import Shape, TensorSource
 from megatron_octo.config.load import parse_config
 from megatron_octo.config.run import ModelConfig
-from megatron_octo.convert.foreign import CONTEXT, FORMATS, LIST, TRACKER, WEIGHTS, describe, layout_at, model_of
+from megatron_octo.convert.foreign import (
+    CONTEXT,
+    FORMATS,
+    LIST,
+    TRACKER,
+    WEIGHTS,
+    describe,
+    layout_at,
+    model_of,
+    named_directory,
+    section,
+)
+from megatron_octo.convert.layouts import LAYOUTS
 from megatron_octo.convert.rules import Geometry
 from megatron_octo.errors import CheckpointError
 from megatron_octo.files import hash_json, hash_weights
-from megatron_octo.locations import Location, locate, reaching
+from megatron_octo.locations import Location, reaching
 from megatron_octo.model.translate import padded_vocabulary
 
 if TYPE_CHECKING:
@@ -37,7 +49,7 @@ _LAYER = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Origin:
     """Where weights come from.
 
@@ -73,11 +85,19 @@ class Origin:
             **{key: self.facts.get(key) for key in ("step", "run_tokens", "tokens", "lineage", "source")},
         }
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """The seal's own hash, which stands for all files; where nobody sealed them, a hash over theirs."""
-        sealed = (self.checkpoint / SEAL).is_file()
-        return seal_digest(self.checkpoint) if sealed else _digest(str(self.checkpoint))
+        """The seal's own hash, which stands for all files.
+
+        Where nobody sealed them, a hash over the weights' files and the model as it was read: what says so may lie in
+        another folder.
+        """
+        with reaching(self.checkpoint):
+            if (self.checkpoint / SEAL).is_file():
+                return seal_digest(self.checkpoint)
+            files = sorted(path for path in weights_of(self.checkpoint).iterdir() if path.is_file())
+            hashes = {path.name: hash_weights(path) for path in files}
+        return hash_json([self.layout, self.model.model_dump(mode="json"), hashes])
 
     def require_intact(self) -> None:
         """Hold every file against the seal; a checkpoint of others may have none, one of ours must.
@@ -116,7 +136,7 @@ def find_checkpoint(path: Location) -> Location:
     with reaching(path):
         if path.name == WEIGHTS and layout_at(path.parent) == "nemo":
             return path.parent
-        if any((path / name).is_file() for name in (SEAL, FACTS)) or layout_at(path):
+        if _is_ours(path) or layout_at(path):
             return path
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such directory", fix="name a checkpoint or a run directory")
@@ -131,8 +151,8 @@ def weights_of(checkpoint: Location) -> Location:
         CheckpointError: no folder does.
     """
     with reaching(checkpoint):
-        for name in ("", WEIGHTS, "release", "iter_0000000"):
-            folder = checkpoint / name if name else checkpoint
+        for layout in LAYOUTS.values():
+            folder = checkpoint / layout.into if layout.into else checkpoint
             if (folder / LIST).is_file():
                 return folder
     raise CheckpointError(f"{checkpoint / LIST}: no such file", "it lists the checkpoint's tensors")
@@ -204,17 +224,17 @@ class _Repadded:
 
 
 def _read_own(checkpoint: Location) -> Origin:
-    facts = read_facts(checkpoint)
-    config = facts.get("config") or {}
+    facts, path = read_facts(checkpoint), checkpoint / FACTS
+    config = section(facts, "config", path)
     values = config.get("model") or facts.get("model")
     if not isinstance(values, dict):
-        raise CheckpointError(f"{checkpoint / FACTS}: says nothing about the model", "its sizes are needed to convert")
-    named = (config.get("data") or {}).get("tokenizer") or facts.get("tokenizer")
+        raise CheckpointError(f"{path}: says nothing about the model", "its sizes are needed to convert")
+    named = section(config, "data", path).get("tokenizer") or facts.get("tokenizer")
     carried = checkpoint / HUGGING_FACE
-    tokenizer = carried if (carried / "tokenizer_config.json").is_file() else locate(named) if named else None
-    model = parse_config(ModelConfig, values, str(checkpoint / FACTS))
-    present = tokenizer if tokenizer is not None and tokenizer.is_dir() else None
-    return Origin(checkpoint, facts.get("layout", "octo"), model, present, facts)
+    present = (carried / "tokenizer_config.json").is_file()
+    tokenizer = carried if present else named_directory(named, f"{path}: tokenizer")
+    model = parse_config(ModelConfig, values, str(path))
+    return Origin(checkpoint, facts.get("layout", "octo"), model, tokenizer, facts)
 
 
 def _read_foreign(checkpoint: Location) -> Origin:
@@ -244,15 +264,33 @@ def _rows_of_embedding(weights: Location) -> int:
 
 def _newest(directory: Location) -> Location:
     """The checkpoint Megatron's own pointer names."""
-    said = (directory / TRACKER).read_text(encoding="utf-8").strip()
-    name = f"iter_{int(said):07d}" if said.isdecimal() else said
-    if (said.isdecimal() or said == "release") and layout_at(directory / name):
+    said, name = _pointed(directory)
+    if name is not None and layout_at(directory / name):
         return directory / name
-    _refuse_other_formats(directory / name)
+    if name is not None:
+        _refuse_other_formats(directory / name)
     raise CheckpointError(
-        f"{directory / TRACKER}: names {said[:40]!r}, and there is no torch_dist checkpoint {name[:40]}",
+        f"{directory / TRACKER}: names {said[:40]!r}, and there is no such torch_dist checkpoint",
         fix="name the checkpoint's own directory",
     )
+
+
+def _pointed(directory: Location) -> tuple[str, str | None]:
+    """What Megatron's own pointer says, and the folder it means, if that can be one's name."""
+    said = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if re.fullmatch(r"[0-9]{1,18}", said):
+        return said, f"iter_{int(said):07d}"
+    return said, said if said == "release" else None
+
+
+def _is_ours(directory: Location) -> bool:
+    """Whether a directory is a checkpoint with our seal or facts.
+
+    One in Megatron's layout may have been trained on in place by Megatron, which then moves its pointer.
+    """
+    if not any((directory / name).is_file() for name in (SEAL, FACTS)):
+        return False
+    return not (directory / TRACKER).is_file() or _pointed(directory)[1] in {layout.into for layout in LAYOUTS.values()}
 
 
 def _refuse_other_formats(directory: Location) -> None:
@@ -270,12 +308,3 @@ def _refuse_other_formats(directory: Location) -> None:
 
 def _names(directory: Location) -> Iterable[str]:
     return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-
-
-@cache
-def _digest(checkpoint: str) -> str:
-    """A hash over the names and contents of an unsealed checkpoint's files, the weights among them."""
-    directory = locate(checkpoint)
-    weights = weights_of(directory)
-    files = sorted(path for path in weights.iterdir() if path.is_file())
-    return hash_json({path.name: hash_weights(path) for path in files})

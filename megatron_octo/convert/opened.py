@@ -13,7 +13,7 @@ from megatron_octo.convert.rules import Geometry, Table
 from megatron_octo.convert.safetensors_io import INDEX_FILE, SINGLE_FILE
 from megatron_octo.convert.tables import table_of
 from megatron_octo.convert.views import AsHuggingFace
-from megatron_octo.locations import Location
+from megatron_octo.locations import Location, reaching
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,13 @@ class Opened:
 
 
 def is_hugging_face(path: Location) -> bool:
-    """Whether a directory is a Hugging Face model's, by the files it holds."""
-    return any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE, hf_io.CONFIG_FILE))
+    """Whether a directory is a Hugging Face model's, by the files it holds.
+
+    Raises:
+        EnvironmentProblem: a remote directory cannot be reached.
+    """
+    with reaching(path):
+        return any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE, hf_io.CONFIG_FILE))
 
 
 def open_model(path: Location) -> Opened:

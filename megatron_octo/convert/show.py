@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron_octo.checkpoint.store import FACTS, read_facts
 from megatron_octo.checkpoint.tensors import TensorSource
-from megatron_octo.convert.foreign import layout_at
+from megatron_octo.convert.foreign import layout_at, section
 from megatron_octo.convert.hf_io import open_weights
 from megatron_octo.convert.megatron_io import find_checkpoint, weights_of
 from megatron_octo.convert.opened import is_hugging_face
 from megatron_octo.convert.shards import read_json
-from megatron_octo.locations import Location
+from megatron_octo.locations import Location, in_words
 from megatron_octo.units import format_bytes
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2}
@@ -21,6 +21,7 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
+@in_words
 def show(path: Location) -> dict[str, Any]:
     """Describe a Hugging Face directory, a checkpoint, or the latest checkpoint of a run.
 
@@ -79,7 +80,11 @@ def _run_lineage(checkpoint: Location) -> dict[str, Any]:
         return {"layout": layout_at(checkpoint)}
     facts = read_facts(checkpoint)
     kept = {key: facts.get(key) for key in ("step", "run_tokens", "tokens", "moments", "lineage", "source")}
-    return {"layout": facts.get("layout", "octo"), "run": (facts.get("config") or {}).get("name"), **kept}
+    return {
+        "layout": facts.get("layout", "octo"),
+        "run": section(facts, "config", checkpoint / FACTS).get("name"),
+        **kept,
+    }
 
 
 def _folded(tensors: dict[str, dict[str, Any]]) -> list[str]:

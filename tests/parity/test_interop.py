@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,81 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from foreign_checkpoints import EMBEDDING, MODELS, SIZES, Numbered, foreign, same_weights, written
 
 from megatron_octo.checkpoint.dist import read_metadata, stored_names
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.seal import verify_seal
-from megatron_octo.checkpoint.tensors import read
 from megatron_octo.config.run import ModelConfig, RopeScaling
-from megatron_octo.convert.inert import Inert, read_inert
 from megatron_octo.convert.layouts import LAYOUTS, layout_of
-from megatron_octo.convert.megatron_io import find_checkpoint, geometry, read_origin, weights_of
-from megatron_octo.convert.tables import megatron_shapes, table_of
+from megatron_octo.convert.megatron_io import find_checkpoint, read_origin, weights_of
 from megatron_octo.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = json.loads((ROOT / "tests/assets/interop.json").read_text(encoding="utf-8"))
-SIZES = {"layers": 3, "hidden": 32, "heads": 4, "kv_groups": 2, "head_dim": 16, "ffn": 48, "vocabulary": 130}
-MODELS = {
-    "llama": ModelConfig(family="llama", **SIZES, rope_scaling=RopeScaling(factor=8.0)),
-    "qwen2": ModelConfig(family="qwen2", **SIZES),
-    "qwen3": ModelConfig(family="qwen3", **SIZES, tied_embeddings=False),
-}
-EMBEDDING = "embedding.word_embeddings.weight"
 FOREIGN = [name for name in LAYOUTS if name != "octo"]
-
-
-class Numbered:
-    """Weights that are all different; rows that pad the vocabulary are zero."""
-
-    where = "numbered weights"
-
-    def __init__(self, model: ModelConfig) -> None:
-        self.tensors, first = {}, 0
-        for name, shape in megatron_shapes(table_of(model.family), geometry(model)).items():
-            count = torch.Size(shape).numel()
-            self.tensors[name] = torch.arange(first, first + count, dtype=torch.float32).view(shape)
-            first += count
-        for name in {EMBEDDING, "output_layer.weight"} & self.tensors.keys():
-            self.tensors[name][model.vocabulary :] = 0
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def dtype(self, name: str) -> str:
-        return "float32"
-
-    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
-        out.copy_(self.tensors[name][start : start + len(out)])
-
-
-def written(out: Path, model: ModelConfig, layout_name: str) -> Path:
-    layout, weights = layout_of(layout_name), Numbered(model)
-    write_model(
-        out,
-        weights,
-        {"model": model.model_dump(mode="json"), "layout": layout_name},
-        {"family": model.family},
-        places=layout.places(weights.shapes()),
-        extras=lambda directory: layout.write(directory, model, "float32"),
-        into=layout.into,
-        objects=layout.objects(model),
-    )
-    return out
-
-
-def foreign(out: Path, model: ModelConfig, layout_name: str) -> Path:
-    """As the trainer itself would have left it: without our seal and facts."""
-    written(out, model, layout_name)
-    for name in ("seal.json", "run.json"):
-        (out / name).unlink()
-    return out
-
-
-def same_weights(checkpoint: Path, model: ModelConfig) -> bool:
-    tensors, wanted = read_origin(find_checkpoint(checkpoint)).tensors(), Numbered(model)
-    assert tensors.shapes() == wanted.shapes()
-    return all(torch.equal(read(tensors, name), wanted.tensors[name]) for name in wanted.tensors)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -129,11 +68,42 @@ def test_a_checkpoint_of_a_run_is_found_by_megatrons_pointer(tmp_path: Path) -> 
     assert read_origin(find_checkpoint(out)).facts["step"] == 42
 
 
+@pytest.mark.parametrize("layout", ["megatron-lm", "megatron-bridge"])
+def test_what_they_trained_on_in_our_directory_is_found(layout: str, tmp_path: Path) -> None:
+    out = written(tmp_path / "out", MODELS["llama"], layout)
+    assert find_checkpoint(out) == out
+    shutil.copytree(weights_of(out), out / "iter_0000005")
+    (out / "latest_checkpointed_iteration.txt").write_text("5")
+    assert find_checkpoint(out) == weights_of(find_checkpoint(out)) == out / "iter_0000005"
+    assert read_origin(find_checkpoint(out)).layout == layout
+    shutil.rmtree(out / "iter_0000005")
+    with pytest.raises(CheckpointError, match="names '5'"):
+        find_checkpoint(out)
+
+
 @pytest.mark.parametrize("said", ["7", "", "release", "../x"])
 def test_a_pointer_to_nothing_is_named(said: str, tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(said)
     with pytest.raises(CheckpointError, match="latest_checkpointed_iteration.txt: names"):
         find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+def test_an_unsealed_checkpoint_is_known_by_its_weights_and_its_description(layout: str, tmp_path: Path) -> None:
+    out = foreign(tmp_path / "out", MODELS["qwen3"], layout)
+    before, again = (read_origin(find_checkpoint(out)).digest for _ in range(2))
+    assert before == again
+    shard = next(weights_of(find_checkpoint(out)).glob("*.distcp"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert read_origin(find_checkpoint(out)).digest != before, "of the same process, of files as they are now"
+    shard.write_bytes(content)
+    assert read_origin(find_checkpoint(out)).digest == before
+    if layout == "nemo":  # whose description lies in another folder than the weights
+        path = out / "context" / "model.yaml"
+        path.write_text(path.read_text().replace("rotary_base: 500000", "rotary_base: 10000"))
+        origin = read_origin(find_checkpoint(out))
+        assert origin.model.rope_theta == 10000 and origin.digest != before
 
 
 def test_legacy_formats_are_named(tmp_path: Path) -> None:
@@ -231,40 +201,6 @@ def test_nemo_scales_only_its_llamas() -> None:
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ConfigError, match="known are octo, megatron-lm, megatron-bridge, nemo"):
         layout_of("gguf")
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_arguments_are_read_and_nothing_is_run(tmp_path: Path) -> None:
-    values = {"args": torch.nn.Linear(1, 1), "bomb": Bomb(tmp_path / "ran"), "iteration": 5, "t": torch.ones(3)}
-    torch.save(values, tmp_path / "common.pt")
-    found = read_inert(tmp_path / "common.pt")
-    assert found["iteration"] == 5
-    assert isinstance(found["args"], Inert) and found["args"].named.endswith("Linear")
-    assert found["args"].values["in_features"] == 1
-    assert isinstance(found["bomb"], Inert)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x80\x02}q\x00."])
-def test_damaged_arguments_are_named(content: bytes, tmp_path: Path) -> None:
-    out = foreign(tmp_path / "out", MODELS["llama"], "megatron-lm")
-    (out / "release" / "common.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="common.pt: cannot be read"):
-        read_origin(find_checkpoint(out))
-
-
-def test_a_checkpoint_without_arguments_is_named(tmp_path: Path) -> None:
-    out = foreign(tmp_path / "out", MODELS["llama"], "megatron-lm")
-    torch.save({"iteration": 1}, out / "release" / "common.pt")
-    with pytest.raises(CheckpointError, match="holds no arguments"):
-        read_origin(find_checkpoint(out))
 
 
 def test_an_unstated_vocabulary_is_counted_in_the_tokenizer(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,8 @@ LIES = {
     "a file elsewhere": (lambda m, f, stored: setattr(stored, "relative_path", "../secret"), "names no file of this"),
     "no file": (lambda metadata, f, s: metadata.storage_data.clear(), "names no file of this"),
     "a filter": (lambda m, f, stored: setattr(stored, "transform_descriptors", ["zstd"]), "stored through zstd"),
+    "a place no file has": (lambda m, f, stored: setattr(stored, "offset", 2**62), "has no byte 4611686018427"),
+    "a place no number has": (lambda m, f, stored: setattr(stored, "offset", 2**70), "it is not one saved tensor"),
     "another place": (lambda m, f, stored: setattr(stored, "offset", stored.offset + 7), ".distcp"),
 }  # fmt: skip
 
@@ -200,3 +203,20 @@ def test_a_damaged_byte_reads_or_is_refused_in_words(tmp_path):
             except CheckpointError as error:
                 assert str(tmp_path) in str(error)
         path.write_bytes(intact)
+
+
+class Odd:
+    """Is saved as a tensor of another description."""
+
+    def __init__(self, *description: object) -> None:
+        self.description = description
+
+    def __reduce__(self) -> tuple:
+        return torch._utils._rebuild_tensor_v2, (*self.description, False, OrderedDict())
+
+
+@pytest.mark.parametrize(("shape", "strides"), [(40, (1,)), ((40,), None), ((40,), ("x",)), ((40,), (1, 1))])
+def test_a_tensor_described_by_nonsense_is_refused(tmp_path, shape, strides):
+    torch.save(Odd(torch.zeros(40).storage(), 0, shape, strides), path := tmp_path / "x")
+    with pytest.raises(Unreadable):
+        find_values(path, 0, path.stat().st_size, (40,), torch.float32)
