@@ -186,16 +186,6 @@ def cause_of(error: CheckpointException) -> BaseException:
     return error
 
 
-def check_metadata_pickle(directory: Location) -> None:
-    """Refuse a `.metadata` file that would run code: torch reads it with pickle.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or names anything but torch's checkpoint classes.
-    """
-    with _as_listed(directory):
-        pass
-
-
 class _NamesOnly(pickle.Unpickler):
     """Unpickles classes of the checkpoint format and nothing else."""
 

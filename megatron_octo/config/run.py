@@ -35,7 +35,7 @@ class ModelConfig(Strict):
     """
 
     family: Literal["llama", "qwen2", "qwen3"] = "llama"
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=1000)
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
     kv_groups: int = Field(gt=0)

@@ -22,7 +22,8 @@ from megatron_octo.convert.agreement import facts_of
 from megatron_octo.convert.checks import attempt
 from megatron_octo.convert.forward import megatron_outputs, probes, transformers_outputs
 from megatron_octo.convert.megatron_io import Origin
-from megatron_octo.convert.safetensors_io import SafetensorsDirectory, read_json
+from megatron_octo.convert.safetensors_io import SafetensorsDirectory
+from megatron_octo.convert.shards import read_json
 from megatron_octo.convert.views import Cast
 from megatron_octo.errors import CertificateError, DataError, OctoError
 from megatron_octo.files import hash_json, hash_weights, write_json

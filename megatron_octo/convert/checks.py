@@ -24,8 +24,8 @@ from megatron_octo.convert.hf_io import (
 )
 from megatron_octo.convert.megatron_io import geometry
 from megatron_octo.convert.rules import Geometry, Rule, Tied, VocabPadded
-from megatron_octo.convert.safetensors_io import read_json
-from megatron_octo.convert.tables import cover, megatron_shapes, source_shapes, stored_rules, table_of
+from megatron_octo.convert.shards import read_json
+from megatron_octo.convert.tables import cover, megatron_shapes, shorten, source_shapes, stored_rules, table_of
 from megatron_octo.convert.views import AsMegatron, Cast, same_bits
 from megatron_octo.errors import OctoError
 from megatron_octo.locations import Location
@@ -37,7 +37,6 @@ _LOST = {
     "biases": (".bias",),
     "query and key norms": ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight"),
 }
-_SHOWN = 6
 
 
 def attempt(check: Callable[[], Facts]) -> Facts:
@@ -205,22 +204,17 @@ def _name_coverage(expected: Mapping[str, Shape], found: Mapping[str, Shape], si
     for kind, ends in _LOST.items():
         lost = [name for name in missing if name.endswith(ends)]
         if lost:
-            faults.append(f"{kind} lost: {_some(lost)}")
+            faults.append(f"{kind} lost: {shorten(lost)}")
             missing = [name for name in missing if name not in lost]
     rows = [name for name, shape in expected.items() if shape[0] == size.vocabulary != size.padded]
     padded = [name for name in rows if found.get(name, (0,))[0] == size.padded]
     if padded:
-        faults.append(f"padded vocabulary rows left in: {_some(padded)}")
+        faults.append(f"padded vocabulary rows left in: {shorten(padded)}")
     misshapen = [text for text in coverage.misshapen if text.split()[0] not in padded]
     rest = {"missing": missing, "extra": coverage.extra, "of another shape": misshapen}
-    return faults + [f"{kind}: {_some(names)}" for kind, names in rest.items() if names]
+    return faults + [f"{kind}: {shorten(names)}" for kind, names in rest.items() if names]
 
 
 def _comparable(model: ModelConfig) -> Facts:
     """Plain fields; the spread of initial weights does not matter any more."""
     return {**model.model_dump(mode="json"), "init_std": None}
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo.checkpoint.tensors import TensorSource, read, row_blocks
+from megatron_octo.checkpoint.tensors import Shape, TensorSource, read, row_blocks
 from megatron_octo.config.load import differences
 from megatron_octo.convert.opened import Opened, open_model
-from megatron_octo.convert.rules import Shape, Tied, expand
+from megatron_octo.convert.rules import Tied, expand
 from megatron_octo.convert.views import same_bits
 from megatron_octo.errors import OctoError
 from megatron_octo.locations import Location

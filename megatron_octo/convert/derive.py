@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.checkpoint.store import read_facts, sealed_checkpoints
-from megatron_octo.checkpoint.tensors import TensorSource, row_blocks
+from megatron_octo.checkpoint.tensors import Shape, TensorSource, row_blocks
 from megatron_octo.config.load import differences
 from megatron_octo.config.run import ModelConfig
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.certificate import versions
 from megatron_octo.convert.megatron_io import HUGGING_FACE, Origin, find_checkpoint, read_origin
 from megatron_octo.convert.opened import Opened, is_hugging_face, open_model
-from megatron_octo.convert.rules import Shape
 from megatron_octo.convert.safetensors_io import write_safetensors
 from megatron_octo.convert.shards import read_json
 from megatron_octo.convert.tables import megatron_shapes, source_shapes

@@ -68,7 +68,8 @@ _SIZES = {
 }
 _FAMILIES = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_BUILDER_FACTOR = 8.0
+BUILDER_FACTOR = 8.0
+"""By which Megatron-LM's model builder scales Llama 3's RoPE, whatever its arguments say."""
 
 
 class Described(NamedTuple):
@@ -227,11 +228,11 @@ def _describe_megatron_lm(directory: Location) -> Described:
     if not isinstance(found, Inert) or not found.values:
         raise CheckpointError(f"{path}: holds no arguments", "they say which model the weights are of")
     arguments = {name: _plain(value) for name, value in found.values.items()}
-    scaled, factor = bool(arguments.get("use_rope_scaling")), arguments.get("rope_scaling_factor", _BUILDER_FACTOR)
-    if scaled and factor != _BUILDER_FACTOR:
+    scaled, factor = bool(arguments.get("use_rope_scaling")), arguments.get("rope_scaling_factor", BUILDER_FACTOR)
+    if scaled and factor != BUILDER_FACTOR:
         raise ConfigError(
             f"{path}: rope_scaling_factor = {factor!r}",
-            f"Megatron-LM's model builder does not pass it on and scales by {_BUILDER_FACTOR:g}: "
+            f"Megatron-LM's model builder does not pass it on and scales by {BUILDER_FACTOR:g}: "
             "which of the two the weights were trained with is not known",
             "convert it with the tool of the trainer that made it",
         )

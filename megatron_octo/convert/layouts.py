@@ -18,7 +18,7 @@ import yaml
 
 from megatron_octo.config.run import VOCABULARY_MULTIPLE, ModelConfig
 from megatron_octo.convert import nemo
-from megatron_octo.convert.foreign import COMMON, CONTEXT, RUN_CONFIG, TRACKER, WEIGHTS
+from megatron_octo.convert.foreign import BUILDER_FACTOR, COMMON, CONTEXT, RUN_CONFIG, TRACKER, WEIGHTS
 from megatron_octo.errors import ConfigError
 from megatron_octo.model.translate import padded_vocabulary
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _LAYER = "decoder.layers."
 _EXTRA_STATE = "_extra_state"
 _ITERATION = "iter_0000000"
-_BUILDER_FACTOR = 8.0
 _STATEFUL = (
     "self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj",
     "self_attention.q_layernorm", "self_attention.k_layernorm", "mlp.linear_fc1", "mlp.linear_fc2",
@@ -82,10 +81,10 @@ class Layout:
             ConfigError: names the setting.
         """
         scaling = model.rope_scaling
-        if self.name == "megatron-lm" and scaling is not None and scaling.factor != _BUILDER_FACTOR:
+        if self.name == "megatron-lm" and scaling is not None and scaling.factor != BUILDER_FACTOR:
             raise ConfigError(
                 f"layout 'megatron-lm': rope_scaling.factor = {scaling.factor:g}",
-                f"Megatron-LM's model builder always scales by {_BUILDER_FACTOR:g}: positions would be rotated wrongly",
+                f"Megatron-LM's model builder always scales by {BUILDER_FACTOR:g}: positions would be rotated wrongly",
                 "use --layout megatron-bridge or nemo",
             )
         if self.name == "nemo":
@@ -193,7 +192,7 @@ def arguments(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "use_rope_scaling": model.rope_scaling is not None,
-        "rope_scaling_factor": model.rope_scaling.factor if model.rope_scaling else _BUILDER_FACTOR,
+        "rope_scaling_factor": model.rope_scaling.factor if model.rope_scaling else BUILDER_FACTOR,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": model.init_std,

@@ -13,12 +13,11 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
+    from megatron_octo.checkpoint.tensors import Shape
     from megatron_octo.config.run import ModelConfig
 
 LAYER = "{layer}"
 """Placeholder for the layer number in the names of a table."""
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_octo.checkpoint.tensors import BLOCK_BYTES, Shape, TensorSource, row_blocks
 from megatron_octo.convert.shards import gather
-from megatron_octo.convert.shards import read_json as read_json
 from megatron_octo.errors import DataError
 from megatron_octo.files import SmallWrites, write_json
 from megatron_octo.locations import Location, reaching, read_range

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from megatron_octo.checkpoint.tensors import Shape
 from megatron_octo.convert.llama import LLAMA
 from megatron_octo.convert.qwen2 import QWEN2
 from megatron_octo.convert.qwen3 import QWEN3
-from megatron_octo.convert.rules import Geometry, Rule, Shape, Table, expand
+from megatron_octo.convert.rules import Geometry, Rule, Table, expand
 from megatron_octo.errors import ConfigError, DataError
 
 TABLES: dict[str, Table] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
@@ -38,7 +39,7 @@ class Coverage:
             DataError: names the tensors that are missing, extra or of another shape.
         """
         kinds = (("missing", self.missing), ("extra", self.extra), ("misshapen", self.misshapen))
-        faults = [f"{kind} {_some(names)}" for kind, names in kinds if names]
+        faults = [f"{kind} {shorten(names)}" for kind, names in kinds if names]
         if faults:
             raise DataError(
                 f"{where}: tensors do not cover the model: {'; '.join(faults)}",
@@ -99,6 +100,7 @@ def _collect(pairs: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:
     return shapes
 
 
-def _some(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

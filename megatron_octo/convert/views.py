@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_octo.checkpoint.tensors import TensorSource, read, row_blocks
-from megatron_octo.convert.rules import Geometry, Shape, Table, Tied, expand
+from megatron_octo.checkpoint.tensors import Shape, TensorSource, read, row_blocks
+from megatron_octo.convert.rules import Geometry, Table, Tied, expand
 from megatron_octo.convert.tables import cover, megatron_shapes, source_shapes, stored_rules
 from megatron_octo.errors import DataError
 from megatron_octo.progress import Progress
