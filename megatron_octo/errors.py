@@ -13,6 +13,7 @@ import re
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _A_FILE = {errno.ENOTDIR, errno.EEXIST}
+_NO_PLACE = {errno.ENAMETOOLONG}
 
 
 class OctoError(Exception):
@@ -94,6 +95,9 @@ def machine_problem(error: Exception) -> EnvironmentProblem | None:
         return EnvironmentProblem(f"{place}a file stands where a directory is needed", fix="name another place")
     if number == errno.EISDIR:
         return EnvironmentProblem(f"{place}is a directory, and a file is needed", fix="name another place")
+    if number in _NO_PLACE:
+        reason = os.strerror(number).lower()
+        return EnvironmentProblem(f"{place[:200]}{reason}", fix="give it a shorter name")
     return None
 
 

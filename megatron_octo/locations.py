@@ -40,7 +40,7 @@ def locate(text: str) -> Location:
         raise ConfigError("an empty path", fix="name a directory or a URL")
     protocol, mark, rest = text.partition("://")
     if not mark:
-        return Path(text)
+        return Path(text).expanduser()  # a shell leaves the ~ of --out=~/there alone
     if protocol == "file":
         return Path(rest)
     from fsspec import get_filesystem_class

@@ -25,6 +25,7 @@ from megatron_octo.locations import Location, is_remote, reaching
 
 _FILES = "files"
 _JOURNAL = "journal.json"
+_VOUCHERS = ("seal.json", "certificate.json")
 _FORMAT = 1
 """Raised when the same origin comes to give other files: those of the code before must not stand among them."""
 
@@ -186,6 +187,13 @@ def refuse_existing(target: Location) -> None:
         ConfigError: the target exists, and is not an upload that was cut off and may go on.
         EnvironmentProblem: a remote target cannot be reached.
     """
+    above = [] if is_remote(target) else target.absolute().parents
+    sealed = [place / name for place in above for name in _VOUCHERS if (place / name).is_file()]
+    if sealed:
+        raise ConfigError(
+            f"{target}: lies in what {sealed[0]} vouches for",
+            "a sealed directory holds what it was sealed with and no more", "name a target beside it",
+        )  # fmt: skip
     journal = _journal(_workspace(target)) if is_remote(target) else None
     if not journal or journal["uploaded"] is None:
         _refuse(target)

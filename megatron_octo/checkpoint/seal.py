@@ -63,7 +63,7 @@ def _verify(directory: Location) -> None:
     for name in sorted(expected.keys() - set(present)):
         raise _broken(directory / name, "is missing")
     for name in sorted(set(present) - expected.keys()):
-        raise _broken(directory / name, "is not part of the sealed checkpoint")
+        raise _broken(directory / name, "is not part of the sealed checkpoint", "move it somewhere else")
     for name in present:
         size, sealed = (directory / name).stat().st_size, expected[name]["bytes"]
         if size != sealed:
@@ -99,16 +99,16 @@ def _read_seal(directory: Location) -> dict[str, dict[str, Any]]:
         if content["format"] != _FORMAT:
             raise CheckpointError(
                 f"{path}: format {content['format']!r}", f"this version reads seals of format {_FORMAT}",
-                "use the version that saved it, or train again",
+                "a Hugging Face directory exported from it can still be imported: octo convert from-hf",
             )  # fmt: skip
         return {name: {"blake3": entry["blake3"], "bytes": entry["bytes"]} for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _broken(path, "is damaged") from None
 
 
-def _broken(path: Location, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {what}",
-        "a checkpoint is loaded only if every file is as it was sealed",
-        "restore the file from a copy, or set the run's `latest` to an older sealed checkpoint",
-    )
+def _broken(
+    path: Location,
+    what: str,
+    fix: str = "restore the file from a copy, or set the run's `latest` to an older sealed checkpoint",
+) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}", "a checkpoint is loaded only if every file is as it was sealed", fix)

@@ -36,7 +36,9 @@ def to_hf(
 
     if len(places) % 2:
         raise typer.BadParameter("give pairs: CHECKPOINT OUT")
-    api.to_hf_many(zip(places[::2], places[1::2], strict=True), tokenizer, dtype)
+    certificates = api.to_hf_many(zip(places[::2], places[1::2], strict=True), tokenizer, dtype)
+    for out, certificate in zip(places[1::2], certificates, strict=True):
+        typer.echo(f"{out}: {api.format_certificate(certificate)}")
 
 
 @app.command("from-hf")
@@ -54,7 +56,7 @@ def from_hf(
     """
     from megatron_octo.convert import api
 
-    _say_arguments(api.from_hf(model, out, layout, allow_pickle))
+    _say_written(out, api.from_hf(model, out, layout, allow_pickle))
 
 
 @app.command("relayout")
@@ -69,7 +71,7 @@ def relayout(
     """
     from megatron_octo.convert import api
 
-    _say_arguments(api.relayout(checkpoint, out, layout))
+    _say_written(out, api.relayout(checkpoint, out, layout))
 
 
 @app.command("verify")
@@ -128,7 +130,7 @@ def average(
     """
     from megatron_octo.convert import api
 
-    api.average(places, out, last)
+    _say_written(out, api.average(places, out, last))
 
 
 @app.command("truncate")
@@ -144,8 +146,11 @@ def truncate(
     from megatron_octo.convert import api
 
     api.truncate(path, layers, out)
+    typer.echo(f"{out}: the first {layers} layers of {path}, byte for byte")
 
 
-def _say_arguments(facts: dict[str, Any]) -> None:
+def _say_written(out: Any, facts: dict[str, Any]) -> None:
+    model = facts["model"]
+    typer.echo(f"{out}: a sealed checkpoint, {model['family']}, {model['layers']} layers, hidden {model['hidden']}")
     if facts.get("to_state"):
         typer.echo(f"{facts['layout']} does not take these over, state them: {' '.join(facts['to_state'])}")

@@ -14,6 +14,7 @@ from megatron_octo.convert.certificate import (
     CERTIFICATE_FILE,
     certify,
     explain,
+    format_certificate,
     format_verdict,
     require_valid,
     verify,
@@ -34,8 +35,8 @@ from megatron_octo.locations import Location, in_words, reaching
 from megatron_octo.publish import Partial, publishing, refuse_existing, tidy
 
 __all__ = [
-    "DTYPES", "average", "diff", "format_diff", "format_tree", "format_verdict", "from_hf", "relayout", "show",
-    "to_hf", "to_hf_many", "truncate", "verify",
+    "DTYPES", "average", "diff", "format_certificate", "format_diff", "format_tree", "format_verdict", "from_hf",
+    "relayout", "show", "to_hf", "to_hf_many", "truncate", "verify",
 ]  # fmt: skip
 
 DTYPES: dict[str, str | None] = {"source": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -168,7 +169,7 @@ def from_hf(model_dir: Location, out: Location, layout: str = "octo", allow_pick
     refuse_existing(out)
     megatron = AsMegatron(table_of(model.family), geometry(model), weights)
     facts = {"model": model, "source": source}
-    return _write_megatron("import", megatron, out, layout, facts, lambda folder: hf_io.copy_assets(model_dir, folder))
+    return _write_megatron("import", megatron, out, layout, facts, lambda folder: hf_io.take_along(model_dir, folder))
 
 
 @in_words

@@ -155,6 +155,12 @@ def verify(model_dir: Location, strict: bool = False) -> dict[str, Any]:
     return report
 
 
+def format_certificate(certificate: dict[str, Any]) -> str:
+    """Say in a line what a new certificate holds."""
+    tensors, logits = certificate["coverage"]["covered"], certificate["logits"]["max_abs_difference"]
+    return f"{tensors} tensors, certified: bitwise round trip, logits differ by {logits:.1e}"
+
+
 def format_verdict(report: dict[str, Any]) -> str:
     """Write a valid report of `verify` for people: a line for each check with its plain figures."""
     lines = [f"valid: {report['files']} files as certified, {sum(name in report for name in CHECKS)} checks repeated"]
@@ -235,6 +241,8 @@ def _repeat_outputs(
 
 def _read(model_dir: Location) -> dict[str, Any]:
     path = model_dir / CERTIFICATE_FILE
+    if not model_dir.is_dir():
+        raise CertificateError(f"{model_dir}: no such directory", fix="name a converted model's directory")
     if not path.is_file():
         raise CertificateError(f"{path}: missing", "only a model whose conversion is proven is used", _FIX)
     try:

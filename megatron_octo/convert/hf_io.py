@@ -17,7 +17,7 @@ from megatron_octo.config.run import ModelConfig
 from megatron_octo.convert.pickled import PickledDirectory
 from megatron_octo.convert.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
 from megatron_octo.convert.shards import read_json
-from megatron_octo.errors import DataError
+from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.files import write_json
 from megatron_octo.locations import Location, local_copy, reaching
 
@@ -40,6 +40,10 @@ TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", 
 
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes that have no token but those their files state."""
+
+
+_OF_CHECKPOINTS = ("seal.json", "run.json", ".metadata", "latest", "checkpoints", "latest_checkpointed_iteration.txt")
+"""What lies in checkpoints and run directories, and in no model directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,14 @@ def carry(assets: Location | None, tokenizer: Location | None, target: Path) -> 
         copy_assets(tokenizer, target, ASSET_FILES if assets is None else TOKENIZER_FILES)
 
 
+def take_along(model_dir: Location, target: Path) -> None:
+    """Copy what travels with a model, and the ids it stops at where only its `config.json` states them."""
+    copy_assets(model_dir, target)
+    stops = read_json(model_dir / CONFIG_FILE).get("eos_token_id")
+    if isinstance(stops, list) and not (target / GENERATION_FILE).is_file():
+        write_json(target / GENERATION_FILE, {"eos_token_id": _ids(stops, model_dir / CONFIG_FILE)})
+
+
 def different_files(one: Location, other: Location, names: Iterable[str]) -> list[str]:
     """Which of the named files two directories do not hold alike; one that both lack is alike.
 
@@ -212,7 +224,20 @@ def read_model(directory: Location) -> ModelConfig:
     """
     from megatron_octo.model.hugging_face import from_hf_config
 
-    return from_hf_config(read_json(directory / CONFIG_FILE))
+    path = directory / CONFIG_FILE
+    with reaching(directory):
+        if not directory.is_dir():
+            hint = "name a Hugging Face model directory; from the hub: hf download NAME --local-dir DIR"
+            raise DataError(f"{directory}: no such directory", fix=hint)
+        if not path.is_file() and any((directory / name).exists() for name in _OF_CHECKPOINTS):
+            raise DataError(
+                f"{directory}: a checkpoint or a run, not a Hugging Face directory",
+                fix="for the way back: octo convert to-hf; for another trainer: octo convert relayout",
+            )
+    try:
+        return from_hf_config(read_json(path))
+    except ConfigError as error:  # it names the file as `config.json`
+        raise ConfigError(f"{directory}/{error.what}", error.rule, error.fix) from None
 
 
 def end_of_text(directory: Path) -> dict[str, Any]:

@@ -141,6 +141,10 @@ def find_checkpoint(path: Location) -> Location:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such directory", fix="name a checkpoint or a run directory")
         _refuse_other_formats(path)
+        if (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: a Hugging Face directory", "a checkpoint is needed here", "convert it: octo convert from-hf"
+            )
         return _newest(path) if (path / TRACKER).is_file() else latest_checkpoint(path)
 
 

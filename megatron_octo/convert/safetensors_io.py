@@ -34,6 +34,8 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The dtypes of weights, with the bytes of one element."""
 
 _HEADER_LIMIT = 100_000_000
+_LFS_POINTER = b"version "
+"""How the small file begins that Git keeps where the weights are stored elsewhere."""
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -116,6 +118,8 @@ def read_header(path: Location) -> dict[str, Stored]:
     head = bytearray(8)
     if size >= len(head):
         read_range(path, 0, memoryview(head))
+    if head == _LFS_POINTER:
+        raise DataError(f"{path}: a Git LFS pointer and not the weights", fix="git lfs pull, or download the file")
     length = struct.unpack("<Q", head)[0]
     if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
         limit = f"the file has {size} bytes, and a header at most {_HEADER_LIMIT}"

@@ -80,7 +80,8 @@ def _weight_map(directory: Location, single: str, index: str) -> Mapping[str, st
         return {}
     if not several:
         missing = f"holds neither {single} nor {index}" if directory.is_dir() else "no such directory"
-        raise DataError(f"{directory}: {missing}", fix="name a Hugging Face model directory")
+        hint = "name a Hugging Face model directory; from the hub: hf download NAME --local-dir DIR"
+        raise DataError(f"{directory}: {missing}", fix=hint)
     listed = read_json(directory / index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise DataError(f"{directory / index}: has no weight_map")

@@ -48,6 +48,8 @@ def format_tree(report: dict[str, Any]) -> str:
     """Write a description for people: one line a tensor, equal layers folded into one."""
     head = f"{report['path']}  {report['format']}, {report['parameters']:,} parameters, {format_bytes(report['bytes'])}"
     known = {key: value for key, value in report["lineage"].items() if not isinstance(value, (dict, list))}
+    source = report["lineage"].get("source") or {}
+    known["source"] = source.get("directory") or (source.get("checkpoint") or {}).get("checkpoint")
     told = [f"  {key}: {value}" for key, value in known.items() if value is not None]
     return "\n".join([head, *told, *_folded(report["tensors"])])
 

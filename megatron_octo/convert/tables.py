@@ -44,7 +44,8 @@ class Coverage:
             raise DataError(
                 f"{where}: tensors do not cover the model: {'; '.join(faults)}",
                 "every tensor is converted exactly once",
-                "check that the directory is complete and that its configuration is the model's",
+                "check that the directory is complete and that its configuration is the model's (its number of layers; "
+                "tie_word_embeddings, where only the head is missing)",
             )
 
 

@@ -153,7 +153,7 @@ def test_an_end_of_text_that_is_no_id_is_refused(tmp_path: Path, value: Any) -> 
 def test_a_model_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     _written(tmp_path, TokenizerFacts(300, 1, 2, 0))
     assert hf_io.read_model(tmp_path) == MODEL
-    with pytest.raises(DataError, match=r"config.json: missing"):
+    with pytest.raises(DataError, match="no such directory"):
         hf_io.read_model(tmp_path / "nowhere")
     (tmp_path / hf_io.CONFIG_FILE).write_text('{"model_type": "mamba"}')
     with pytest.raises(ConfigError, match="mamba"):
@@ -173,3 +173,16 @@ def test_files_are_compared_by_what_they_say(tmp_path: Path) -> None:
         "c.txt",
         "d.json",
     ]
+
+
+def test_stop_tokens_that_only_the_configuration_states_travel(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"eos_token_id": [2, 7]}')
+    hf_io.take_along(tmp_path / "model", tmp_path / "kept")
+    assert json.loads((tmp_path / "kept" / "generation_config.json").read_text()) == {"eos_token_id": [2, 7]}
+
+
+def test_a_checkpoint_is_told_from_a_model(tmp_path):
+    (tmp_path / "seal.json").write_text("{}")
+    with pytest.raises(DataError, match="a checkpoint or a run"):
+        hf_io.read_model(tmp_path)

@@ -388,3 +388,11 @@ def test_a_staging_directory_of_another_user_is_not_used(target: Path, monkeypat
     foreign = pytest.raises(ConfigError, match="belongs to another user")
     with foreign, publishing(locate(f"memory:/{target}"), MADE_FROM, "last"):
         raise AssertionError
+
+
+@pytest.mark.parametrize("voucher", ["seal.json", "certificate.json"])
+def test_nothing_is_made_inside_what_is_sealed(tmp_path, voucher):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / voucher).write_text("{}")
+    with pytest.raises(ConfigError, match=f"{voucher} vouches for"):
+        refuse_existing(tmp_path / "checkpoint" / "sub" / "hf")

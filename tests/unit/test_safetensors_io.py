@@ -277,3 +277,10 @@ def test_reading_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     )
     (tmp_path / SINGLE_FILE).unlink()
     assert int(found.stdout) < 8 * 1024, "kibibytes, for a file of 96 MiB"
+
+
+def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(DataError, match="Git LFS pointer"):
+        read_header(path)
