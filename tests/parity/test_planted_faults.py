@@ -263,7 +263,7 @@ CONFIGURATION: dict[str, tuple[str, Callable[[dict], None], set[str], tuple[str,
     ),
     "another family": (
         "tied", _set(model_type="mamba"), {"config", "vocabulary", "tokenizer", "end_of_text"} | OUTPUTS,
-        ("config: config.json: model_type = 'mamba'",),
+        ("config.json: model_type = 'mamba'",),
     ),
 }  # fmt: skip
 
