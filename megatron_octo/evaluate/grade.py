@@ -113,7 +113,8 @@ def same_answer(gold: str, answer: str) -> bool | None:
     """
     if not gold.strip() or max(len(gold), len(answer)) > _LONGEST_SPELLED:
         return bool(gold.strip()) and gold.strip() == answer.strip()
-    gold, answer = canonical(gold), canonical(answer)
+    # Stripped first: the blank after a last backslash is a space of LaTeX only where it is kept on both sides.
+    gold, answer = canonical(gold.strip()), canonical(answer.strip())
     decided = decide_cheaply(gold, answer)
     if decided is not None:
         return decided

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_octo.evaluate import symbolic
@@ -58,6 +58,7 @@ def nothing_swallowed():
 
 @settings(max_examples=200, deadline=None)
 @given(anything)
+@example("\\ ")
 def test_a_boxed_answer_answers_itself(answer: str) -> None:
     boxed = "\\boxed{" + answer + "}"
     found = last_boxed(boxed)
