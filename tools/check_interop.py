@@ -29,7 +29,7 @@ import torch
 from megatron_octo.checkpoint.dist import read_metadata, stored_names
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.tensors import read
-from megatron_octo.config.run import ModelConfig, RopeScaling
+from megatron_octo.config.model import ModelConfig, RopeScaling
 from megatron_octo.convert.layouts import layout_of
 from megatron_octo.convert.megatron_io import find_checkpoint, geometry, read_origin, weights_of
 from megatron_octo.convert.tables import megatron_shapes, table_of

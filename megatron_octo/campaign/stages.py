@@ -9,9 +9,10 @@ from typing import Any
 from megatron_octo.config.campaign import BranchConfig, CampaignConfig, Leg
 from megatron_octo.config.check import check_run
 from megatron_octo.config.evaluate import EvaluateConfig
+from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.load import parse_config, write_yaml
 from megatron_octo.config.rl import RLStageConfig
-from megatron_octo.config.run import ParallelConfig, RunConfig
+from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import ConfigError
 from megatron_octo.evaluate.prompts import template
 from megatron_octo.rl.argv import run_files

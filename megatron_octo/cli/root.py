@@ -11,8 +11,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from megatron_octo import __version__
-from megatron_octo.cli import convert
-from megatron_octo.cli.shared import AsJson, print_facts, print_json
+from megatron_octo.cli import convert, train
+from megatron_octo.cli.shared import AsJson, Overrides, print_facts, print_json
 from megatron_octo.errors import OctoError, machine_problem
 
 app = typer.Typer(
@@ -21,20 +21,19 @@ app = typer.Typer(
 )  # fmt: skip
 _groups = {
     "data": "Corpora to indexed datasets.",
-    "branch": "Runs and their forks.",
     "rl": "The OpenRLHF stage.",
     "eval": "Problems, answers, scores.",
     "campaign": "The whole tree of stages.",
 }
 _apps = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _groups.items()}
-_apps["convert"] = convert.app
+_apps |= {"convert": convert.app, "branch": train.branch_app}
 for _name, _app in _apps.items():
     app.add_typer(_app, name=_name)
+app.command("train")(train.train)
 
 _INTERRUPTED = 128 + signal.SIGINT
 
 Out = Annotated[Path | None, typer.Option(help="directory to write")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value overrides")]
 
 
 @app.callback(invoke_without_command=True)
@@ -95,33 +94,6 @@ def campaign_report(directory: Path, as_json: AsJson = False) -> None:
 
     facts = write_report(directory)
     print_json(facts) if as_json else typer.echo(str(directory / "report" / "index.html"))
-
-
-@app.command()
-def train(
-    file: Path,
-    overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="stop, with a checkpoint, at this token position: 40K")] = None,
-) -> None:
-    """Train a run on this machine, or go on with it; starts as many processes as its layout needs.
-
-    Example: octo train run.yaml parallel.tensor=2 --until 1M
-    """
-    from megatron_octo.train.api import train_run
-
-    train_run(file, overrides or [], None if until is None else _tokens(until))
-
-
-@_apps["branch"].command("show")
-def branch_show(directory: Path, as_json: AsJson = False) -> None:
-    """Show a run's ancestors: who forked from whom, at which token, carrying what.
-
-    Example: octo branch show runs/demo/long
-    """
-    from megatron_octo.schedule.fork import describe_lineage, read_lineage
-
-    lineage = read_lineage(directory)
-    print_json(lineage) if as_json else typer.echo(describe_lineage(lineage))
 
 
 @_apps["data"].command("build")
@@ -215,15 +187,6 @@ def eval_grade(file: Path, as_json: AsJson = False) -> None:
     from megatron_octo.evaluate.run import grade_file
 
     print_facts(grade_file(file), as_json)
-
-
-def _tokens(text: str) -> int:
-    from megatron_octo.units import parse_tokens
-
-    try:
-        return parse_tokens(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--until") from None
 
 
 def _finish(out: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value overrides")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 
 

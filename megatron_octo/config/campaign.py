@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 
 from megatron_octo.config.base import Seed, Strict
 from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.rl import RLConfig
-from megatron_octo.config.run import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_octo.config.run import BatchConfig, OptimizerConfig
 from megatron_octo.units import Tokens
 
 DIRECTORIES = {"data", "start", "stable", "hf", "rl", "eval", "report", "state", "logs", "stages", "progress"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_octo.config.run import VOCABULARY_MULTIPLE, ModelConfig, ParallelConfig, RunConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
+from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_octo import __version__
 from megatron_octo.checkpoint.tensors import TensorSource
 from megatron_octo.config.load import parse_config
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import agreement, checks
 from megatron_octo.convert.agreement import facts_of
 from megatron_octo.convert.checks import attempt

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_octo.checkpoint.tensors import Shape, TensorSource, read, row_blocks
 from megatron_octo.config.load import differences
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.agreement import Facts, facts_of
 from megatron_octo.convert.diagnose import diagnose
 from megatron_octo.convert.hf_io import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_octo.checkpoint.store import read_facts, sealed_checkpoints
 from megatron_octo.checkpoint.tensors import Shape, TensorSource, row_blocks
 from megatron_octo.config.load import differences
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.certificate import versions
 from megatron_octo.convert.megatron_io import HUGGING_FACE, Origin, find_checkpoint, read_origin

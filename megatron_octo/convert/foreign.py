@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_octo.config.load import parse_config
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.inert import Inert, read_inert
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.files import read_json

@@ -15,7 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.checkpoint.tensors import TensorSource
-from megatron_octo.config.run import ModelConfig, ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.hf_io import CONFIG_FILE
 from megatron_octo.convert.streamed import empty_parameters, needed_shapes, streaming
 from megatron_octo.convert.tables import cover

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.checkpoint.tensors import TensorSource
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.pickled import PickledDirectory
 from megatron_octo.convert.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
 from megatron_octo.convert.shards import read_json

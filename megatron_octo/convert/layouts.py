@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron_octo.config.run import VOCABULARY_MULTIPLE, ModelConfig
+from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
 from megatron_octo.convert import nemo
 from megatron_octo.convert.foreign import BUILDER_FACTOR, COMMON, CONTEXT, RUN_CONFIG, TRACKER, WEIGHTS
 from megatron_octo.errors import ConfigError

@@ -16,7 +16,7 @@ from megatron_octo.checkpoint.seal import SEAL, seal_digest, verify_seal
 from megatron_octo.checkpoint.store import FACTS, latest_checkpoint, read_facts
 from megatron_octo.checkpoint.tensors import Shape, TensorSource
 from megatron_octo.config.load import parse_config
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.foreign import (
     CONTEXT,
     FORMATS,

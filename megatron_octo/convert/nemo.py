@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.errors import ConfigError
 
 _GPT = "nemo.collections.llm.gpt.model"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_octo.checkpoint.tensors import TensorSource
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.megatron_io import Origin, find_checkpoint, geometry, read_origin
 from megatron_octo.convert.rules import Geometry, Table

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     from megatron_octo.checkpoint.tensors import Shape
-    from megatron_octo.config.run import ModelConfig
+    from megatron_octo.config.model import ModelConfig
 
 LAYER = "{layer}"
 """Placeholder for the layer number in the names of a table."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_octo.config.run import ModelConfig, ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.model.initialise import initialise
 from megatron_octo.model.translate import have_transformer_engine, padded_vocabulary, transformer_config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 
 
 def parameter_count(model: ModelConfig) -> int:

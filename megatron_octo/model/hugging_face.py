@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_octo.config.load import parse_config
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.errors import ConfigError
 
 _WHERE = "config.json"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_octo.config.run import VOCABULARY_MULTIPLE, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
+from megatron_octo.config.run import OptimizerConfig
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megatron_octo.config.run import ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.errors import ConfigError, EnvironmentProblem
 from megatron_octo.runtime import cpu_twin
 

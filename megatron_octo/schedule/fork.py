@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_octo.config.load import differences
-from megatron_octo.config.run import RunConfig, ScheduleConfig
+from megatron_octo.config.run import RunConfig
+from megatron_octo.config.schedule import ScheduleConfig
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.schedule.learning_rate import learning_rate
 from megatron_octo.units import format_tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_octo.config.run import ScheduleConfig
+from megatron_octo.config.schedule import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, position: int) -> float:

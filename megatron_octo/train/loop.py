@@ -13,7 +13,7 @@ from megatron_octo.runtime import groups, quick_import
 quick_import.import_megatron()  # before the modules below import it
 
 # ruff: noqa: E402
-from megatron_octo.train.hooks import default_hooks
+from megatron_octo.train.hooks.default import default_hooks
 from megatron_octo.train.setup import set_up
 from megatron_octo.train.start import last_step, only_trainer
 from megatron_octo.train.state import TrainState
@@ -41,7 +41,7 @@ def train(run: RunConfig, until: int | None = None) -> TrainState:
         last = last_step(run, until)
         with default_hooks(engine, state, last) as hooks:
             while state.step < last:
-                facts = train_step(engine, state)
+                facts = train_step(engine, state, hooks)
                 hooks.after_step(state, facts)
                 if facts.stop:
                     break

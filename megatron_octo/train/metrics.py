@@ -12,7 +12,7 @@ from megatron_octo.train.start import METRICS
 from megatron_octo.train.state import TrainState
 
 if TYPE_CHECKING:
-    from megatron_octo.train.step import StepFacts
+    from megatron_octo.train.facts import StepFacts
 
 TENSORBOARD = "tensorboard"
 _SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")

@@ -55,7 +55,7 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     batches = Batches(run, runtime, open_dataset(run, runtime))
     chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, None if start.checkpoint else run.seed))
     optimizer = build_optimizer(run, chunks)
-    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step)
+    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, start.memory)
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
     gc.collect()

@@ -16,7 +16,8 @@ from megatron_octo.checkpoint.store import (
     remove_leftovers,
 )
 from megatron_octo.config.load import differences, dump_config, parse_config
-from megatron_octo.config.run import ModelConfig, RunConfig
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record
@@ -24,7 +25,10 @@ from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 _LOCK_PATIENCE = 3.0  # seconds: a killed predecessor needs a moment to die
-_MAY_CHANGE = ("parallel.", "checkpoint.", "threads", "timeout_minutes", "out")
+_MAY_CHANGE = (
+    "parallel", "recompute", "fp8", "transformer_impl", "optimizer.implementation", "checkpoint", "watch",
+    "validation", "logging", "threads", "timeout_minutes", "stop_grace_seconds", "out",
+)  # fmt: skip
 _MUST_STAY = "parallel.distributed_optimizer"
 
 
@@ -37,6 +41,7 @@ class Start(NamedTuple):
         step: steps this run has already taken.
         root_tokens: tokens of the lineage before this run.
         lineage: the record of a branch.
+        memory: what hooks remembered; empty for a new run, a branch among them.
     """
 
     checkpoint: Path | None
@@ -44,6 +49,7 @@ class Start(NamedTuple):
     step: int
     root_tokens: int
     lineage: dict[str, Any] | None
+    memory: dict[str, Any] = {}
 
 
 def plan_start(run: RunConfig) -> Start:
@@ -126,7 +132,14 @@ def _resume(run: RunConfig) -> Start:
     checkpoint = latest_checkpoint(run.out)
     facts = read_facts(checkpoint)
     _check_same_run(run, facts["config"], checkpoint)
-    return Start(checkpoint, True, facts["step"], facts["tokens"] - facts["run_tokens"], facts.get("lineage"))
+    return Start(
+        checkpoint,
+        True,
+        facts["step"],
+        facts["tokens"] - facts["run_tokens"],
+        facts.get("lineage"),
+        facts.get("memory", {}),
+    )
 
 
 def _check_same_run(run: RunConfig, before: dict[str, Any], checkpoint: Path) -> None:

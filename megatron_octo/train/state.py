@@ -8,7 +8,7 @@ and the parameter's name: dropout is zero, so no generator has to be carried acr
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class TrainState:
         root_tokens: tokens of the lineage before this run began (0 unless it is a branch).
         lineage: the lineage record of a branch, else None.
         step: optimizer steps taken by this run.
+        memory: what hooks remember across restarts, by hook; JSON's types, the same on every rank.
         stop_wanted: this process was asked to stop at the next step boundary.
     """
 
@@ -37,6 +38,7 @@ class TrainState:
     root_tokens: int = 0
     lineage: dict[str, Any] | None = None
     step: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
     stop_wanted: bool = False
 
     @property
@@ -64,6 +66,7 @@ class TrainState:
             "layout": self.run.parallel.label,
             "versions": versions(),
             "lineage": self.lineage,
+            "memory": self.memory,
             "config": self.run.model_dump(mode="json"),
         }
 

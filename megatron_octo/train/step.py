@@ -2,68 +2,49 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_octo.errors import StageFailed
 from megatron_octo.schedule.learning_rate import learning_rate
-from megatron_octo.train.data import Batch
+from megatron_octo.train.clock import Clock
+from megatron_octo.train.facts import Gradients, StepFacts, Verdict
+from megatron_octo.train.forward import run_batches
+from megatron_octo.train.hooks.base import Hooks
 from megatron_octo.train.setup import Engine
 from megatron_octo.train.state import TrainState
 
 
-class StepFacts(NamedTuple):
-    """What one step says about itself, the same on every rank.
-
-    Args:
-        loss: mean over the step's tokens, all ranks together.
-        grad_norm: global gradient norm before clipping.
-        learning_rate: of this step.
-        seconds: wall time of the step.
-        stop: some rank was asked to stop.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    seconds: float
-    stop: bool
-
-
-def train_step(engine: Engine, state: TrainState) -> StepFacts:
+def train_step(engine: Engine, state: TrainState, hooks: Hooks) -> StepFacts:
     """Take one optimizer step and advance the state by it.
 
     Returns:
         The step's facts.
 
     Raises:
-        StageFailed: loss or gradient is not a finite number; no checkpoint of this step exists.
+        OctoError: a hook refuses to go on; no checkpoint of this step exists.
     """
-    begin = time.perf_counter()
+    clock = Clock()
     rate = set_rates(state)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    batches = engine.batches.of_step(state.step)
-    losses = engine.forward_backward(
-        forward_step_func=forward_step,
-        data_iterator=_per_chunk(batches, len(state.chunks)),
-        model=state.chunks if len(state.chunks) > 1 else state.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=state.run.data.sequence_length,
-        micro_batch_size=state.run.batch.micro_batch,
-        forward_only=False,
-    )
-    _, grad_norm, _ = state.optimizer.step()
-    loss, stop = _agree(engine, losses, state.stop_wanted)
-    _check_finite(state, loss, float(grad_norm))
+    with clock.phase("data"):
+        batches = engine.batches.of_step(state.step)
+    with clock.phase("forward_backward"):
+        losses = run_batches(engine, state, batches)
+    with clock.phase("gradients"):
+        state.optimizer.prepare_grads()
+        norm = float(state.optimizer.get_grad_norm())
+        loss, stop = _agree(engine, losses, state.stop_wanted)
+    verdict = hooks.before_update(state, Gradients(loss, norm))
+    if verdict is Verdict.UPDATE:
+        with clock.phase("update"):
+            _update(state.optimizer, state.run.optimizer.clip, norm)
     state.step += 1
-    return StepFacts(loss, float(grad_norm), rate, time.perf_counter() - begin, stop)
+    return StepFacts(loss, norm, rate, clock.seconds, clock.phases, verdict, stop)
 
 
 def set_rates(state: TrainState) -> float:
@@ -82,26 +63,11 @@ def set_rates(state: TrainState) -> float:
     return rate
 
 
-def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """Run one micro-batch through one chunk, in the form Megatron's schedules call.
-
-    Returns:
-        The chunk's output (losses [b, s] on the last stage, hidden states [s, b, h] before it) and the function
-        that sums losses: (sum, token count, [sum, count]); the schedule divides by the global count at the end.
-    """
-    batch = next(batches)
-    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def total(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mask = batch["loss_mask"]
-        loss, count = (losses.float() * mask).sum(), mask.sum()
-        return loss, count.to(torch.int), torch.stack([loss.detach(), count])
-
-    return output, total
-
-
-def _per_chunk(batches: list[Batch], chunks: int) -> Iterator[Batch] | list[Iterator[Batch]]:
-    return iter(batches) if chunks == 1 else [iter(batches) for _ in range(chunks)]
+def _update(optimizer: Any, clip: float, norm: float) -> None:
+    """Clip the gradients by their norm and let the optimizer use them: the second half of Megatron's `step`."""
+    for one in optimizer.chained_optimizers:
+        clip_grad_by_total_norm_fp32(one.get_parameters(), clip, norm)
+    optimizer.step_with_ready_grads()
 
 
 def _agree(engine: Engine, losses: list[torch.Tensor], stop_wanted: bool) -> tuple[float, bool]:
@@ -118,14 +84,3 @@ def _agree(engine: Engine, losses: list[torch.Tensor], stop_wanted: bool) -> tup
         dist.all_reduce(totals)
     loss, count, stop = totals.tolist()
     return loss / max(count, 1.0), stop > 0
-
-
-def _check_finite(state: TrainState, loss: float, grad_norm: float) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise StageFailed(
-        f"step {state.step + 1} ({state.tokens} tokens): loss is {loss}, gradient norm is {grad_norm}",
-        "a run stops at the first value that is not a finite number; the last checkpoint was taken before it",
-        "look at the data of this step (octo data inspect), or start anew in another `out` with a lower "
-        "schedule.learning_rate or optimizer.clip",
-    )

@@ -18,7 +18,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_octo.config.run import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.run import OptimizerConfig
 from megatron_octo.model.build import build_chunks
 from megatron_octo.model.translate import ddp_config, optimizer_config
 from megatron_octo.runtime.groups import Runtime, initialize, shutdown

@@ -13,7 +13,7 @@ from convert_models import write_hf, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from megatron_octo.checkpoint.tensors import Shape, read
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.certificate import certify, write_certificate
 from megatron_octo.convert.hf_io import read_model, tokenizer_facts, write_configuration
 from megatron_octo.convert.megatron_io import geometry

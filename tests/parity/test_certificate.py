@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from upath import UPath
 
 from megatron_octo.checkpoint.tensors import Shape
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import certificate as certificates
 from megatron_octo.convert import forward
 from megatron_octo.convert.agreement import check_logits, check_reference, check_rope

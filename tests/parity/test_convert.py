@@ -17,7 +17,8 @@ from megatron_octo.checkpoint.seal import seal
 from megatron_octo.checkpoint.sharded import load_state, save_state
 from megatron_octo.checkpoint.store import read_facts, write_facts
 from megatron_octo.checkpoint.tensors import read
-from megatron_octo.config.run import ModelConfig, ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import forward
 from megatron_octo.convert.api import from_hf, to_hf, to_hf_many, verify
 from megatron_octo.convert.compare import diff

@@ -18,7 +18,7 @@ from foreign_checkpoints import EMBEDDING, MODELS, SIZES, Numbered, foreign, sam
 from megatron_octo.checkpoint.dist import read_metadata, stored_names
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.seal import verify_seal
-from megatron_octo.config.run import ModelConfig, RopeScaling
+from megatron_octo.config.model import ModelConfig, RopeScaling
 from megatron_octo.convert.layouts import LAYOUTS, layout_of
 from megatron_octo.convert.megatron_io import find_checkpoint, read_origin, weights_of
 from megatron_octo.errors import CheckpointError, ConfigError

@@ -13,7 +13,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_octo.checkpoint.tensors import read
-from megatron_octo.config.run import ModelConfig, ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.rules import Geometry
 from megatron_octo.convert.tables import megatron_shapes, table_of
 from megatron_octo.convert.views import AsMegatron

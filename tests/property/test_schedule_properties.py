@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_octo.config.run import ScheduleConfig
+from megatron_octo.config.schedule import ScheduleConfig
 from megatron_octo.errors import ConfigError
 from megatron_octo.schedule.fork import seam_rate
 from megatron_octo.schedule.learning_rate import learning_rate

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_octo.checkpoint.dist_write import write_model
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.megatron_io import geometry
 from megatron_octo.convert.tables import source_shapes, table_of
 from megatron_octo.convert.views import AsMegatron

@@ -7,7 +7,8 @@ import yaml
 
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import apply_overrides, differences, dump_config, load_config, parse_config
-from megatron_octo.config.run import ModelConfig, RunConfig
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import ConfigError
 from megatron_octo.units import format_duration, format_tokens, parse_tokens
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.hf_io import TokenizerFacts
 from megatron_octo.data.tokenizer import train_tokenizer

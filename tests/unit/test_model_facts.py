@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.model.facts import flops_per_token
 
 LLAMA_1B = ModelConfig(layers=16, hidden=2048, heads=32, kv_groups=8, ffn=8192, vocabulary=128256)

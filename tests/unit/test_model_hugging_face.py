@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_octo.config.run import ModelConfig
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.errors import ConfigError
 from megatron_octo.model.hugging_face import from_hf_config, to_hf_config
 

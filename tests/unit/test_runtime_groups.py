@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron_octo.config.run import ParallelConfig
+from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.errors import ConfigError, EnvironmentProblem
 from megatron_octo.runtime import groups
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from megatron_octo.config.run import RunConfig, ScheduleConfig
+from megatron_octo.config.run import RunConfig
+from megatron_octo.config.schedule import ScheduleConfig
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.schedule.fork import Origin, describe_lineage, lineage_record, read_lineage
 from megatron_octo.schedule.learning_rate import learning_rate

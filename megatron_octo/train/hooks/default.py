@@ -1,0 +1,18 @@
+"""Which hooks a run has, in which order."""
+
+from __future__ import annotations
+
+from megatron_octo.train.hooks.base import Hooks
+from megatron_octo.train.hooks.report import ShowProgress, WriteMetrics
+from megatron_octo.train.hooks.save import SaveCheckpoints
+from megatron_octo.train.hooks.stop import StopOnSignal
+from megatron_octo.train.hooks.watch import WatchNumbers
+from megatron_octo.train.setup import Engine
+from megatron_octo.train.state import TrainState
+
+
+def default_hooks(engine: Engine, state: TrainState, last: int) -> Hooks:
+    """The hooks of a training run. Checkpoints come after metrics, so that a save never precedes its own line."""
+    return Hooks(
+        [WatchNumbers(), WriteMetrics(engine), ShowProgress(engine, last), SaveCheckpoints(), StopOnSignal()], state
+    )
