@@ -29,6 +29,12 @@ class Hook:
     def after_step(self, state: TrainState, facts: StepFacts) -> None:
         """After each step; `state` has advanced by it."""
 
+    def before_rewind(self, state: TrainState) -> None:
+        """Before the run goes back to its last sealed checkpoint; `state` is still that of the bad step."""
+
+    def after_rewind(self, state: TrainState) -> None:
+        """After it went back: step, weights, moments and `state.memory` are those of the checkpoint."""
+
     def finish(self, state: TrainState) -> None:
         """After the last step, if nothing failed."""
 
@@ -61,6 +67,16 @@ class Hooks:
         """Run each hook's `after_step`."""
         for hook in self._hooks:
             hook.after_step(state, facts)
+
+    def before_rewind(self, state: TrainState) -> None:
+        """Run each hook's `before_rewind`."""
+        for hook in self._hooks:
+            hook.before_rewind(state)
+
+    def after_rewind(self, state: TrainState) -> None:
+        """Run each hook's `after_rewind`."""
+        for hook in self._hooks:
+            hook.after_rewind(state)
 
     def finish(self, state: TrainState) -> None:
         """Run each hook's `finish`."""
