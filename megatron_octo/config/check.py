@@ -1,8 +1,14 @@
-"""Rules between fields of a run: each is refused by name, with its numbers and the way out."""
+"""Rules between fields of a run: each is refused by name, with its numbers and the way out.
+
+Two kinds: what cannot be split evenly, and what megatron-core 0.16.1 would take without a word and then ignore, or
+run wrongly.
+"""
 
 from __future__ import annotations
 
-from megatron_octo.config.layout import ParallelConfig
+import math
+
+from megatron_octo.config.layout import ParallelConfig, RecomputeConfig
 from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import ConfigError
@@ -15,6 +21,8 @@ def check_run(run: RunConfig) -> None:
         ConfigError: the first rule broken.
     """
     check_layout(run.model, run.parallel)
+    _check_overlap(run)
+    _check_recompute(run.model, run.parallel, run.recompute)
     _check_batch(run)
     _check_lengths(run)
 
@@ -26,13 +34,19 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         ConfigError: a size that does not divide, or a setting megatron-core would run wrongly.
     """
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    for name, size in (("heads", model.heads), ("kv_groups", model.kv_groups), ("ffn", model.ffn)):
+    for name, size in (("heads", model.heads), ("ffn", model.ffn)):
         if size % tensor:
             raise ConfigError(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}",
                 "each tensor-parallel rank holds an equal share",
                 f"choose parallel.tensor among {_divisors(size)}",
             )
+    if model.kv_groups % tensor and tensor % model.kv_groups:
+        raise ConfigError(
+            f"parallel.tensor = {tensor} is neither a divisor nor a multiple of model.kv_groups = {model.kv_groups}",
+            "each tensor-parallel rank holds whole KV groups, or shares one with as many ranks as every other",
+            f"choose parallel.tensor among {_divisors(math.gcd(model.heads, model.ffn))} that is one of the two",
+        )
     if VOCABULARY_MULTIPLE % tensor:
         raise ConfigError(
             f"parallel.tensor = {tensor} does not divide {VOCABULARY_MULTIPLE}",
@@ -45,6 +59,56 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"parallel.pipeline x virtual_pipeline = {chunks} does not divide model.layers = {model.layers}",
             "each pipeline chunk holds an equal number of layers",
             f"choose a product among {_divisors(model.layers)}",
+        )
+
+
+def _check_overlap(run: RunConfig) -> None:
+    parallel = run.parallel
+    if parallel.overlap_param_gather:
+        for name, why in (
+            ("distributed_optimizer", "without it every rank updates all weights and there is nothing to gather"),
+            ("overlap_grad_reduce", "only then weights lie in the several buckets that can be gathered one by one"),
+        ):
+            if not getattr(parallel, name):
+                raise ConfigError(
+                    f"parallel.overlap_param_gather needs parallel.{name}", why, f"set parallel.{name}: true"
+                )
+    if parallel.tp_comm_overlap and not (parallel.tensor > 1 and parallel.sequence):
+        raise ConfigError(
+            f"parallel.tp_comm_overlap with parallel.tensor = {parallel.tensor}, parallel.sequence = "
+            f"{str(parallel.sequence).lower()}",
+            "it overlaps the messages of sequence parallelism; other layouts have none of them",
+            "set parallel.tensor above 1 and parallel.sequence: true, or leave it out",
+        )
+    if parallel.tp_comm_overlap and run.transformer_impl == "local":
+        raise ConfigError(
+            "parallel.tp_comm_overlap with transformer_impl = local",
+            "TransformerEngine's layers overlap, ours do not: megatron-core would ignore the setting",
+            "set transformer_impl: transformer_engine, or leave tp_comm_overlap out",
+        )
+
+
+def _check_recompute(model: ModelConfig, parallel: ParallelConfig, recompute: RecomputeConfig) -> None:
+    unused = RecomputeConfig(kind=recompute.kind)
+    if recompute.kind != "full" and recompute != unused:
+        name = "method" if recompute.method != unused.method else "layers"
+        raise ConfigError(
+            f"recompute.{name} = {getattr(recompute, name)} with recompute.kind = {recompute.kind}",
+            "only kind: full has a method and a number of layers",
+            f"set recompute.kind: full, or remove recompute.{name}",
+        )
+    chunk = model.layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
+    if recompute.kind == "full" and recompute.layers > chunk:
+        raise ConfigError(
+            f"recompute.layers = {recompute.layers} is more than the {chunk} layers of a pipeline chunk",
+            "layers are recomputed within the chunk that holds them",
+            f"choose at most {chunk}",
+        )
+    if recompute.kind == "full" and recompute.method == "uniform" and chunk % recompute.layers:
+        raise ConfigError(
+            f"recompute.layers = {recompute.layers} does not divide the {chunk} layers of a pipeline chunk",
+            "method: uniform cuts a chunk in equal groups of layers",
+            f"choose among {_divisors(chunk)}, or method: block",
         )
 
 

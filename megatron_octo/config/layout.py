@@ -63,3 +63,6 @@ class RecomputeConfig(Strict):
         default="uniform", description="full only; uniform: groups of `layers`; block: the first `layers` of a stage"
     )
     layers: int = Field(default=1, gt=0, description="full only; layers of a group, or of the block")
+
+
+NO_RECOMPUTE = RecomputeConfig()

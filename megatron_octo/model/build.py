@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.layout import NO_RECOMPUTE, ParallelConfig, RecomputeConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.model.initialise import initialise
 from megatron_octo.model.translate import have_transformer_engine, padded_vocabulary, transformer_config
@@ -24,6 +24,7 @@ def build_gpt(
     post_process: bool,
     vp_stage: int | None = None,
     seed: int | None = 0,
+    recompute: RecomputeConfig = NO_RECOMPUTE,
 ) -> GPTModel:
     """Build one pipeline chunk with initial weights that do not depend on the layout.
 
@@ -38,6 +39,7 @@ def build_gpt(
         post_process: this chunk holds the final norm and the output layer.
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
         seed: of the initial weights; None leaves them zero, for a caller that loads all of them.
+        recompute: which activations are computed again in the backward pass.
 
     Returns:
         A GPTModel that takes (tokens [b, s], positions [b, s], None, labels=[b, s]) and gives the
@@ -45,7 +47,7 @@ def build_gpt(
     """
     from megatron.core.models.gpt import GPTModel
 
-    config = transformer_config(model, parallel, dtype)
+    config = transformer_config(model, parallel, dtype, recompute)
     chunk = GPTModel(
         config,
         _block_spec(config, vp_stage),
@@ -68,7 +70,13 @@ def build_gpt(
     return chunk
 
 
-def build_chunks(model: ModelConfig, parallel: ParallelConfig, dtype: str, seed: int | None = 0) -> list[GPTModel]:
+def build_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    seed: int | None = 0,
+    recompute: RecomputeConfig = NO_RECOMPUTE,
+) -> list[GPTModel]:
     """Build every chunk of this rank: one, or `virtual_pipeline` of them.
 
     Returns:
@@ -86,6 +94,7 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig, dtype: str, seed:
             post_process=parallel_state.is_pipeline_last_stage(**place),
             vp_stage=stage,
             seed=seed,
+            recompute=recompute,
         )
 
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.layout import NO_RECOMPUTE, ParallelConfig, RecomputeConfig
 from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
 from megatron_octo.config.run import OptimizerConfig
 
@@ -40,7 +40,9 @@ def have_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: str, recompute: RecomputeConfig = NO_RECOMPUTE
+) -> TransformerConfig:
     """Translate a model and its layout.
 
     Losses are summed over tokens and divided by the global token count at the end of the step
@@ -50,9 +52,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: str)
         model: sizes of the model.
         parallel: how it is split.
         dtype: "fp32" or "bf16", the type of parameters and activations.
+        recompute: which activations are computed again in the backward pass.
 
     Returns:
-        megatron-core's configuration. The trainer adds `finalize_model_grads_func` and `grad_scale_func`.
+        megatron-core's configuration. The trainer adds the functions that belong to a wrapped model (train.setup).
     """
     import torch
     from megatron.core.transformer import TransformerConfig
@@ -61,6 +64,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: str)
     return TransformerConfig(
         **_architecture(model),
         **_layout(parallel),
+        **_recompute(recompute),
         params_dtype=torch_dtype(dtype),
         pipeline_dtype=torch_dtype(dtype),
         bf16=dtype == "bf16",
@@ -128,13 +132,32 @@ def _layout(parallel: ParallelConfig) -> dict:
     return layout
 
 
+def _recompute(recompute: RecomputeConfig) -> dict:
+    if recompute.kind == "none":
+        return {}
+    if recompute.kind == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": recompute.method,
+        "recompute_num_layers": recompute.layers,
+    }
+
+
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
-    """Translate what gradients need: reduced in fp32, sharded with the distributed optimizer."""
+    """Translate what gradients need: reduced in fp32, sharded with the distributed optimizer, overlapped or not.
+
+    With a virtual pipeline all stages gather weights at the same moments (`train.setup` gives the schedule the
+    function for it): a stage that gathered on its own would hold up its neighbours.
+    """
     from megatron.core.distributed import DistributedDataParallelConfig
 
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=parallel.overlap_param_gather and parallel.virtual_pipeline is not None,
         check_for_nan_in_grad=True,
         average_in_collective=False,
     )
@@ -165,4 +188,5 @@ def optimizer_config(
         bf16=dtype == "bf16",
         params_dtype=torch_dtype(dtype),
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )

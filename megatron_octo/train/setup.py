@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_octo.checkpoint.save import load_checkpoint, on_rank_zero
+from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.reader import build_train_dataset
 from megatron_octo.model.build import build_chunks
@@ -53,7 +54,8 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     """
     start = on_rank_zero(lambda: open_run(run))
     batches = Batches(run, runtime, open_dataset(run, runtime))
-    chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, None if start.checkpoint else run.seed))
+    seed = None if start.checkpoint else run.seed
+    chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute))
     optimizer = build_optimizer(run, chunks)
     state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, start.memory)
     if start.checkpoint is not None:
@@ -63,16 +65,43 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     return Engine(runtime, batches, get_forward_backward_func()), state
 
 
-def wrap(run: RunConfig, models: list[Any]) -> list[torch.nn.Module]:
-    """Wrap model chunks for mixed precision and gradient reduction."""
+def wrap(run: RunConfig, models: list[Any], bucket: int | None = None) -> list[torch.nn.Module]:
+    """Wrap model chunks for mixed precision and gradient reduction.
+
+    Args:
+        run: layout and dtype.
+        models: this rank's model chunks.
+        bucket: parameters that are reduced together where reduction overlaps; megatron-core's default suits real
+            models (40M and more), of which a tiny one fills not even the first.
+    """
     # A bad gradient is found after the step, on every rank at once and with a message (train.step).
-    reduction = dataclasses.replace(ddp_config(run.parallel), check_for_nan_in_grad=False)
+    reduction = dataclasses.replace(ddp_config(run.parallel), check_for_nan_in_grad=False, bucket_size=bucket)
     chunks = []
     for index, model in enumerate(models):
         config = model.config
         inner = Float16Module(config, model) if run.dtype == "bf16" else model
         chunks.append(DistributedDataParallel(config, reduction, inner.to(_device()), disable_bucketing=index > 0))
+    _let_overlap(run.parallel, chunks)
     return chunks
+
+
+def _let_overlap(parallel: ParallelConfig, chunks: list[Any]) -> None:
+    """Give the schedules what starts and holds back messages, as megatron-core's own trainer does.
+
+    Gradients are held back until the last micro-batch. Pipeline stages after the first start their reduction when
+    their backward pass is over; with a virtual pipeline all stages start reductions and gathers at the same moments.
+    """
+
+    def each(name: str) -> Any:
+        methods = [getattr(chunk, name) for chunk in chunks]
+        return methods if len(methods) > 1 else methods[0]
+
+    for chunk in chunks:
+        if parallel.overlap_grad_reduce:
+            chunk.config.no_sync_func = each("no_sync")
+            chunk.config.grad_sync_func = each("start_grad_sync")
+        if chunk.ddp_config.align_param_gather:
+            chunk.config.param_sync_func = each("start_param_sync")
 
 
 def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> Any:

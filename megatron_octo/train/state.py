@@ -33,7 +33,7 @@ class TrainState:
     """
 
     run: RunConfig
-    chunks: list[torch.nn.Module]
+    chunks: list[Any]
     optimizer: Any
     root_tokens: int = 0
     lineage: dict[str, Any] | None = None
@@ -55,6 +55,16 @@ class TrainState:
     def models(self) -> list[torch.nn.Module]:
         """The model chunks without their wrappers."""
         return [_unwrap(chunk) for chunk in self.chunks]
+
+    def gather_weights(self) -> None:
+        """Complete this rank's weights before anything but the model reads them; collective over all ranks.
+
+        With `overlap_param_gather` a rank has, after a step, only its own share of the new weights: the others come
+        with the next forward pass. A checkpoint of that moment would hold new and old weights side by side.
+        """
+        if self.run.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's `run.json` says about this moment."""

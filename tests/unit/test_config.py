@@ -79,7 +79,10 @@ def test_bad_files(tmp_path: Path, text: str | bytes | None, words: list[str]) -
     ("overrides", "field"),
     [
         ({"parallel__tensor": 3}, "model.heads"),
-        ({"parallel__tensor": 8}, "model.kv_groups"),
+        (
+            {"parallel__tensor": 8, "model": "{heads: 24, kv_groups: 12, hidden: 192}"},
+            "multiple of model.kv_groups = 12",
+        ),
         ({"parallel__pipeline": 3}, "model.layers"),
         ({"parallel__data": 3}, "batch.global_batch"),
         ({"batch__micro_batch": 3}, "batch.global_batch"),
@@ -87,6 +90,22 @@ def test_bad_files(tmp_path: Path, text: str | bytes | None, words: list[str]) -
         ({"parallel__context": 3}, "data.sequence_length"),
         ({"parallel__tensor": 3, "model": "{heads: 6, kv_groups: 3, ffn: 96, hidden: 96}"}, "multiple of 128 rows"),
         ({"parallel": "{pipeline: 2, virtual_pipeline: 2, data: 4}"}, "1 micro-batches per step is not divisible"),
+        ({"parallel": "{data: 2, overlap_param_gather: true}"}, "overlap_param_gather needs parallel.overlap_grad"),
+        (
+            {"parallel": "{overlap_grad_reduce: true, overlap_param_gather: true, distributed_optimizer: false}"},
+            "overlap_param_gather needs parallel.distributed_optimizer",
+        ),
+        ({"parallel": "{tensor: 2, tp_comm_overlap: true}"}, "tensor = 2, parallel.sequence = false"),
+        ({"parallel": "{tp_comm_overlap: true}"}, "tensor = 1"),
+        (
+            {"parallel": "{tensor: 2, sequence: true, tp_comm_overlap: true}", "transformer_impl": "local"},
+            "transformer_impl = local",
+        ),
+        ({"recompute": "{kind: selective, layers: 2}"}, "recompute.layers = 2 with recompute.kind = selective"),
+        ({"recompute": "{method: block}"}, "recompute.method = block with recompute.kind = none"),
+        ({"recompute": "{kind: full, layers: 5}"}, "more than the 4 layers"),
+        ({"recompute": "{kind: full, method: block, layers: 3}", "parallel__pipeline": 2}, "more than the 2 layers"),
+        ({"recompute": "{kind: full, layers: 3}"}, "does not divide the 4 layers"),
     ],
 )
 def test_cross_field_rules(overrides: dict[str, object], field: str) -> None:
@@ -97,6 +116,13 @@ def test_cross_field_rules(overrides: dict[str, object], field: str) -> None:
 def test_good_layouts_pass() -> None:
     check_run(run(parallel__tensor=2, parallel__pipeline=2, parallel__sequence="true"))
     check_run(run(parallel__context=2))
+    check_run(run(parallel__tensor=8))  # two ranks share a KV group
+    check_run(run(parallel__tensor=2, model__kv_groups=1))
+    check_run(run(parallel="{data: 2, overlap_grad_reduce: true, overlap_param_gather: true}"))
+    check_run(run(parallel="{tensor: 2, sequence: true, tp_comm_overlap: true}"))
+    check_run(run(recompute="{kind: full, method: block, layers: 3}"))
+    check_run(run(recompute="{kind: full, layers: 2}", parallel__pipeline=2))
+    check_run(run(recompute="{kind: selective}"))
     assert run(parallel__tensor=2, parallel__pipeline=2, parallel__sequence="true").parallel.label == "TP2 PP2 SP"
 
 

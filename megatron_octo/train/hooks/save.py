@@ -31,6 +31,7 @@ class SaveCheckpoints(Hook):
 
     def _save(self, state: TrainState) -> None:
         run = state.run
+        state.gather_weights()
         save_checkpoint(
             run.out, state.models, state.optimizer, state.facts(), keep=run.checkpoint.keep, expected_bytes=self._bytes
         )
