@@ -18,7 +18,6 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_octo.checkpoint.record import Unreadable, find_values
@@ -173,17 +172,6 @@ def stored_names(directory: Location) -> set[str]:
     """
     with _as_listed(directory) as metadata:
         return set(metadata.state_dict_metadata)
-
-
-def cause_of(error: CheckpointException) -> BaseException:
-    """The first failing rank's own error, so that a full disk is seen as one; else the error itself."""
-    for failure, _ in error.failures.values():
-        found: BaseException | None = failure
-        while found is not None:
-            if isinstance(found, OSError):
-                return found
-            found = found.__cause__ or found.__context__
-    return error
 
 
 class _NamesOnly(pickle.Unpickler):

@@ -9,14 +9,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from blake3 import blake3
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,11 +27,11 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_octo.checkpoint.dist import METADATA, Place
+from megatron_octo.checkpoint.hashing import HashingWriter, cause_raised, without_checksums
 from megatron_octo.checkpoint.seal import SEAL, seal
 from megatron_octo.checkpoint.store import write_facts
 from megatron_octo.checkpoint.tensors import BLOCK_BYTES, TensorSource, row_blocks
 from megatron_octo.errors import DataError
-from megatron_octo.files import SmallWrites
 from megatron_octo.publish import Partial, publishing
 
 if TYPE_CHECKING:
@@ -147,48 +145,13 @@ class _Rows(DefaultSavePlanner):
         return values
 
 
-class _HashingFiles(FileSystem):
-    """Opens files whose BLAKE3 is taken as they are written: what is sealed is what was meant, and read only once."""
-
-    digest = ""
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
-        """Open a file for writing; `digest` is its hash once it is closed."""
-        raw = _Hashed(path, mode)
-        with io.BufferedWriter(raw) as stream:
-            yield stream
-        self.digest = raw.hash.hexdigest()
-
-
-class _Hashed(SmallWrites):
-    def __init__(self, path: Any, mode: str) -> None:
-        super().__init__(path, mode)
-        self.hash = blake3()
-
-    def write(self, content: Any) -> int:
-        count = super().write(content)
-        self.hash.update(memoryview(content).cast("B")[:count])
-        return count
-
-
-class _Writer(FileSystemWriter):
-    def __init__(self, directory: Path) -> None:
-        # No copying ahead: the next rows come into the memory of the last ones.
-        super().__init__(str(directory), per_thread_copy_ahead=0)
-        self.fs = _HashingFiles()
-
-    def storage_meta(self) -> None:
-        """Nothing: neither a temporary path nor a random number belongs to what a checkpoint is."""
-
-
 def _write_tensors(partial: Partial, directory: Path, rows: _Rows) -> dict[str, str]:
     """Write what is not there yet, then the list of all tensors.
 
     Returns:
         BLAKE3 of each written file, by its name in the partial directory.
     """
-    writer = _Writer(directory)
+    writer = HashingWriter(directory)
     results, digests = [], {}
     for number, items in enumerate(_files(rows.items)):
         plan = SavePlan(items, storage_data=_StoragePrefix(f"__{number}_"))
@@ -196,10 +159,10 @@ def _write_tensors(partial: Partial, directory: Path, rows: _Rows) -> dict[str, 
         name = str(PurePosixPath((directory / file).relative_to(partial.directory)))
         noted = partial.finished(name)
         if noted is None:
-            with _without_checksums(), _cause_raised():
+            with without_checksums(), cause_raised():
                 written = writer.write_data(plan, rows).wait()
             runs = [[result.storage_data.offset, result.storage_data.length] for result in written]
-            noted = {"blake3": writer.fs.digest, "runs": runs}
+            noted = {"blake3": writer.digest, "runs": runs}
             partial.finish(name, noted)
         digests[name] = noted["blake3"]
         results.append(
@@ -210,7 +173,7 @@ def _write_tensors(partial: Partial, directory: Path, rows: _Rows) -> dict[str, 
         )
     listed = {item.index.fqn: rows.tensors.get(item.index.fqn, BytesStorageMetadata()) for item in rows.items}
     writer.finish(Metadata(listed, planner_data={name: (name,) for name in listed}), results)
-    digests[str(PurePosixPath((directory / METADATA).relative_to(partial.directory)))] = writer.fs.digest
+    digests[str(PurePosixPath((directory / METADATA).relative_to(partial.directory)))] = writer.digest
     return digests
 
 
@@ -245,26 +208,3 @@ def _depths(places: Mapping[str, Place]) -> dict[str, int]:
         if place.layer is not None:
             depths[place.name] = max(depths.get(place.name, 0), place.layer + 1)
     return depths
-
-
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """The seal's hashes cover every byte, so torch's own sums would only be a second pass over them."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-@contextmanager
-def _cause_raised() -> Iterator[None]:
-    """Torch hides what happens while bytes are written, a full disk or an interrupt, behind an error of its archive."""
-    try:
-        yield
-    except RuntimeError as error:
-        found: BaseException | None = error
-        while found is not None and not isinstance(found, OSError | KeyboardInterrupt):
-            found = found.__cause__ or found.__context__
-        raise found or error from None

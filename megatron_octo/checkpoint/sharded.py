@@ -13,38 +13,62 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_octo.checkpoint.dist import cause_of, stored_names
-from megatron_octo.checkpoint.writer import InProcessWriter
+from megatron_octo.checkpoint.dist import stored_names
+from megatron_octo.checkpoint.moments import values_as_they_are
+from megatron_octo.checkpoint.part import Part, write_parts
 from megatron_octo.errors import CheckpointError
 
 Chunks = list[torch.nn.Module]
 
 
-def save_state(directory: Path, chunks: Chunks, optimizer: Any) -> None:
-    """Write model and optimizer state; collective over all ranks.
+class Sharder:
+    """Says for each save which part of the state this rank writes.
+
+    Ranks that hold the same values share out the writing. How, and that all parts together are the whole state, is
+    settled at the first save: the layout of a run does not change while it trains.
 
     Args:
-        directory: an empty directory every rank sees.
         chunks: this rank's model chunks (one, or one per virtual pipeline stage).
-        optimizer: Megatron's optimizer over them.
+        optimizer: Megatron's optimizer over them; None for weights only.
+    """
+
+    def __init__(self, chunks: Chunks, optimizer: Any) -> None:
+        self._chunks, self._optimizer, self._settled = chunks, optimizer, False
+        self._shares: Any = None
+        if _data_ranks() > 1:
+            self._shares = FullyParallelSaveStrategyWrapper(
+                get_default_save_sharded_strategy(), _data_group(), do_cache_distribution=True
+            )
+
+    def part(self) -> Part:
+        """This rank's part of the state as it is now; collective over all ranks. Values are not copied."""
+        with values_as_they_are(self._optimizer):
+            state = _describe(self._chunks, self._optimizer)
+        sharded, common = save_preprocess(state, validate_access_integrity=not self._settled)
+        if self._shares is not None:
+            self._shares.apply_saving_parallelization(sharded)
+        self._settled = True
+        return Part(sharded, common)
+
+
+def save_state(directory: Path, chunks: Chunks, optimizer: Any) -> None:
+    """Write model and optimizer state into an empty directory; collective over all ranks.
 
     Raises:
         OSError: a file could not be written, for example because the disk is full; raised on every rank.
     """
-    writer: Any = InProcessWriter()
-    if _data_ranks() > 1:
-        writer = FullyParallelSaveStrategyWrapper(writer, _data_group())
-    try:
-        dist_checkpointing.save(_describe(chunks, optimizer), str(directory), writer)
-    except CheckpointException as error:
-        raise cause_of(error) from error
+    write_parts(directory, Sharder(chunks, optimizer).part())
 
 
 def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,22 @@ def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def publish(temporary: Path, run_dir: Path, step: int) -> Path:
+def publish(temporary: Path, run_dir: Path, step: int, digests: Mapping[str, str] | None = None) -> Path:
     """Seal a finished checkpoint, give it its name, then let `latest` name it.
 
     A crash before the rename leaves a hidden directory that nobody loads; one between rename and pointer
     leaves the previous checkpoint in charge.
 
+    Args:
+        temporary: the complete directory.
+        run_dir: the run directory.
+        step: names the checkpoint.
+        digests: BLAKE3 of files whose writer took it as it wrote them.
+
     Returns:
         The published directory.
     """
-    seal(temporary)
+    seal(temporary, digests=digests)
     final = temporary.with_name(step_name(step))
     retire(final)
     temporary.rename(final)

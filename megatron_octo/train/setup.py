@@ -15,7 +15,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_octo.checkpoint.save import load_checkpoint, on_rank_zero
+from megatron_octo.checkpoint.save import load_checkpoint
+from megatron_octo.checkpoint.together import on_rank_zero
 from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.reader import build_train_dataset

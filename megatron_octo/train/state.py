@@ -7,6 +7,7 @@ and the parameter's name: dropout is zero, so no generator has to be carried acr
 
 from __future__ import annotations
 
+import copy
 import platform
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,7 @@ class TrainState:
             "layout": self.run.parallel.label,
             "versions": versions(),
             "lineage": self.lineage,
-            "memory": self.memory,
+            "memory": copy.deepcopy(self.memory),  # hooks go on with it while this is being written
             "config": self.run.model_dump(mode="json"),
         }
 

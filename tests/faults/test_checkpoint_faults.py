@@ -24,7 +24,7 @@ def save(run_dir: Path, step: int, keep: int = 9) -> Path:
     (temporary / ".metadata").write_bytes(b"names")
     store.write_facts(temporary, {"step": step})
     path = store.publish(temporary, run_dir, step)
-    retain.prune(run_dir, keep)
+    retain.prune(run_dir, retain.Policy(keep))
     return path
 
 

@@ -15,7 +15,7 @@ from dist_files import Held
 from megatron_octo.checkpoint import store
 from megatron_octo.checkpoint.dist import read_metadata
 from megatron_octo.checkpoint.dist_write import write_model
-from megatron_octo.checkpoint.retain import prune
+from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.seal import seal, seal_digest, verify_seal
 from megatron_octo.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def test_pruning_keeps_the_newest_and_the_one_in_charge(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     store.point_at(tmp_path, "step_00000001")
-    assert prune(tmp_path, 2) == ["step_00000002"]
+    assert prune(tmp_path, Policy(2)) == ["step_00000002"]
     assert [path.name for path in store.sealed_checkpoints(tmp_path)] == [
         "step_00000001", "step_00000003", "step_00000004",
     ]  # fmt: skip

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from dist_files import Held
 from upath import UPath
 
-from megatron_octo.checkpoint import dist_write, store
+from megatron_octo.checkpoint import dist_write, hashing, store
 from megatron_octo.checkpoint.dist import Place, TorchDist
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.seal import verify_seal
@@ -180,13 +180,13 @@ def test_what_was_cut_into_other_files_is_not_used(tmp_path, monkeypatch, what):
 
 def failing_at(share: float, error: BaseException, scratch: Path):
     """Raise from one of the writes to files: 0 is the first of all, 1 the last."""
-    done, plain = [], dist_write._Hashed.write
+    done, plain = [], hashing._Hashed.write
 
     def count(stream, content):
         done.append(len(content))
         return plain(stream, content)
 
-    with mock.patch.object(dist_write._Hashed, "write", count):
+    with mock.patch.object(hashing._Hashed, "write", count):
         write_model(scratch / "undisturbed", Held(TENSORS), {}, MADE_FROM)
     shutil.rmtree(scratch)
     last = round(share * (len(done) - 1))
@@ -197,7 +197,7 @@ def failing_at(share: float, error: BaseException, scratch: Path):
             raise error
         return count(stream, content)
 
-    return mock.patch.object(dist_write._Hashed, "write", write)
+    return mock.patch.object(hashing._Hashed, "write", write)
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
