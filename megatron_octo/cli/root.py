@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from megatron_octo import __version__
-from megatron_octo.cli import convert, train
+from megatron_octo.cli import branch, convert, train
 from megatron_octo.cli.shared import AsJson, Overrides, print_facts, print_json
 from megatron_octo.errors import OctoError, machine_problem
 
@@ -26,7 +26,7 @@ _groups = {
     "campaign": "The whole tree of stages.",
 }
 _apps = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _groups.items()}
-_apps |= {"convert": convert.app, "branch": train.branch_app}
+_apps |= {"convert": convert.app, "branch": branch.app}
 for _name, _app in _apps.items():
     app.add_typer(_app, name=_name)
 app.command("train")(train.train)

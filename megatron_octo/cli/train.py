@@ -1,4 +1,4 @@
-"""Training and branches on the command line."""
+"""Training on the command line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_octo.cli.shared import AsJson, Overrides, print_json
-
-branch_app = typer.Typer(no_args_is_help=True, help="Runs and their forks.")
+from megatron_octo.cli.shared import Overrides
 
 
 def train(
@@ -24,18 +22,6 @@ def train(
     from megatron_octo.train.api import train_run
 
     train_run(file, overrides or [], None if until is None else _tokens(until))
-
-
-@branch_app.command("show")
-def branch_show(directory: Path, as_json: AsJson = False) -> None:
-    """Show a run's ancestors: who forked from whom, at which token, carrying what.
-
-    Example: octo branch show runs/demo/long
-    """
-    from megatron_octo.schedule.fork import describe_lineage, read_lineage
-
-    lineage = read_lineage(directory)
-    print_json(lineage) if as_json else typer.echo(describe_lineage(lineage))
 
 
 def _tokens(text: str) -> int:

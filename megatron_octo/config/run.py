@@ -59,6 +59,10 @@ class Fork(Strict):
     parent: Path = Field(description="run directory of the parent")
     at: Tokens | None = Field(default=None, description="token position; the parent's latest checkpoint if not given")
     moments: bool = Field(default=True, description="carry Adam's moments")
+    data: Literal["fresh", "continue"] = Field(
+        default="fresh",
+        description="fresh: its own order from the start; continue: read on where the parent was, in its order",
+    )
 
 
 class StartConfig(Strict):
@@ -102,6 +106,12 @@ class RunConfig(Strict):
     stop_grace_seconds: float = Field(
         default=30, gt=0, description="after SIGTERM: time to finish the step, save and end, before SIGKILL"
     )
+
+    @model_validator(mode="after")
+    def _rate_is_known(self) -> RunConfig:
+        if self.schedule.learning_rate is None and self.start.fork is None:
+            raise ValueError("schedule.learning_rate is missing; only a branch may leave it out and take its parent's")
+        return self
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,12 +1,11 @@
 """What a branch is: its parent, the token position it leaves from, and what it carries.
 
-A fork is written down (`lineage.json`) before the branch trains, and the learning rate at the seam is
-continuous because a branch that would jump is refused.
+A fork is written down (`lineage.json`) before the branch trains. The learning rate at the seam is continuous: a
+branch that states none starts with its parent's, and one whose rate would jump is refused.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,49 +13,82 @@ from typing import Any, NamedTuple
 from megatron_octo.config.load import differences
 from megatron_octo.config.run import RunConfig
 from megatron_octo.config.schedule import ScheduleConfig
-from megatron_octo.errors import CheckpointError, ConfigError
+from megatron_octo.errors import ConfigError
+from megatron_octo.files import hash_json, write_json
 from megatron_octo.schedule.learning_rate import learning_rate
-from megatron_octo.units import format_tokens
 
 LINEAGE = "lineage.json"
+FORKS = "forks"
 RELATIVE_TOLERANCE = 1e-9
 
 
 class Origin(NamedTuple):
-    """Where a branch comes from: the parent's run directory, one checkpoint in it, and its facts (run.json)."""
+    """Where a branch comes from.
+
+    Args:
+        parent: run directory of the parent, absolute.
+        checkpoint: name of the checkpoint in it.
+        seal: digest of that checkpoint's seal.
+        facts: what its `run.json` says: step, run_tokens, tokens, lineage, moments.
+        run: the parent's configuration there.
+    """
 
     parent: str
     checkpoint: str
+    seal: str
     facts: dict[str, Any]
+    run: RunConfig
+
+
+def with_parents_rate(run: RunConfig, origin: Origin) -> RunConfig:
+    """Fill in the peak of a branch that states none: its parent's learning rate where it leaves.
+
+    Raises:
+        ConfigError: the parent's rate there is zero.
+    """
+    if run.schedule.learning_rate is not None:
+        return run
+    rate = learning_rate(origin.run.schedule, origin.facts["run_tokens"])
+    if rate == 0:
+        raise ConfigError(
+            f"branch '{run.name}' would start with the learning rate of its parent '{origin.run.name}', which is 0 "
+            f"where it forks ({origin.facts['run_tokens']} tokens)",
+            "a branch that states no schedule.learning_rate takes its parent's",
+            "fork elsewhere, or state schedule.learning_rate and a schedule.warmup that starts at 0",
+        )
+    return run.model_copy(update={"schedule": run.schedule.model_copy(update={"learning_rate": rate})})
 
 
 def lineage_record(run: RunConfig, origin: Origin) -> dict[str, Any]:
     """Describe a branch, checking that it may leave its parent where it says.
 
     Args:
-        run: the branch; `run.start.fork` is set.
-        origin: the parent's checkpoint and its facts: step, run_tokens, tokens, config, lineage.
+        run: the branch; `run.start.fork` and its learning rate are set.
+        origin: where it comes from.
 
     Returns:
-        The lineage record: run, parent, checkpoint, position (tokens since the root of the tree), the
-        parent's own tokens, the learning rate at the seam, what was carried, and the chain of ancestors.
+        The lineage record: run, parent, checkpoint and its seal, position (tokens since the root of the tree), the
+        parent's own tokens, the learning rate at the seam, what was carried, the window of the data order that the
+        branch begins with, and the chain of ancestors.
 
     Raises:
-        ConfigError: another model than the parent's, another optimizer form than the carried moments, or
-            a learning rate that jumps at the fork.
+        ConfigError: another model than the parent's, another optimizer form than the carried moments, a data
+            order that is not the parent's although it should go on, or a learning rate that jumps at the fork.
     """
     fork = run.start.fork
     if fork is None:
         raise ConfigError(f"{run.name}: no fork is configured", fix="set start.fork.parent")
-    facts, parent = origin.facts, RunConfig.model_validate(origin.facts["config"])
+    facts, parent = origin.facts, origin.run
     _check_same_model(run, parent)
     if fork.moments:
         _check_moments(run, parent, facts)
+    window = _first_window(run, origin) if fork.data == "continue" else 0
     return {
         "run": run.name,
         "parent": origin.parent,
         "parent_run": parent.name,
         "checkpoint": origin.checkpoint,
+        "seal": origin.seal,
         "position": facts["tokens"],
         "parent_step": facts["step"],
         "parent_run_tokens": facts["run_tokens"],
@@ -64,10 +96,11 @@ def lineage_record(run: RunConfig, origin: Origin) -> dict[str, Any]:
         "carried": {
             "weights": True,
             "moments": fork.moments,
-            "rng": f"fresh, seed {run.seed}",
-            "data": f"fresh, seed {run.data.seed}",
+            "rng": "none is drawn",
+            "data": f"goes on at window {window}" if fork.data == "continue" else f"fresh, seed {run.data.seed}",
         },
-        "ancestors": _ancestors(parent.name, facts),
+        "first_window": window,
+        "ancestors": _ancestors(origin),
     }
 
 
@@ -91,8 +124,35 @@ def seam_rate(branch: ScheduleConfig, parent: ScheduleConfig, run_tokens: int, n
         f"branch '{name}' starts at learning rate {after:.10g}, but its parent '{parent_name}' is at "
         f"{before:.10g} where it forks ({run_tokens} tokens)",
         "the learning rate is continuous at a fork",
-        f"set schedule.learning_rate to {before!r} and schedule.warmup to 0",
+        f"leave schedule.learning_rate out, or set it to {before!r}; and set schedule.warmup to 0",
     )
+
+
+def record_fork(run: RunConfig, lineage: dict[str, Any]) -> bool:
+    """Leave a record of a branch in its parent's run directory, in place of an earlier one of the same branch.
+
+    Its file is named by the checkpoint first, so that the checkpoint stays pinned even if the content is damaged.
+
+    Returns:
+        Whether the parent's directory could be written.
+    """
+    folder, out = Path(lineage["parent"]) / FORKS, str(run.out.resolve())
+    branch = f"{run.name}-{hash_json(out)[:8]}.json"
+    kept = folder / f"{lineage['checkpoint']}--{branch}"
+    facts = {key: lineage[key] for key in ("run", "checkpoint", "position")} | {"out": out}
+    try:
+        write_json(kept, facts)
+        for path in folder.glob(f"*--{branch}"):
+            if path != kept:
+                path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def pinned_checkpoints(run_dir: Path) -> set[str]:
+    """Names of the checkpoints of a run that branches left from; they are never pruned."""
+    return {path.name.partition("--")[0] for path in (run_dir / FORKS).glob("*--*.json")}
 
 
 def _check_same_model(run: RunConfig, parent: RunConfig) -> None:
@@ -122,44 +182,23 @@ def _check_moments(run: RunConfig, parent: RunConfig, facts: dict[str, Any]) -> 
         )
 
 
-def _ancestors(parent_name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chain from the parent to the root, nearest first; position is where the child left it."""
-    nearest = {"run": parent_name, "position": facts["tokens"]}
-    above = facts.get("lineage")
-    if not above:
-        return [nearest]
-    return [nearest, *above.get("ancestors", [])]
-
-
-def read_lineage(run_dir: Path) -> dict[str, Any]:
-    """The lineage of a run: its `lineage.json`, or for a run without a parent the root of a tree.
-
-    Raises:
-        CheckpointError: not a run directory, or the file is damaged.
-    """
-    path = run_dir / LINEAGE
-    if not path.is_file():
-        if not (run_dir / "config.yaml").is_file():
-            raise CheckpointError(f"{run_dir}: not a run directory", "it holds no config.yaml", "check the path")
-        return {"run": run_dir.name, "parent": None, "position": 0, "ancestors": []}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-
-
-def describe_lineage(lineage: dict[str, Any]) -> str:
-    """The chain from the root to a run, a line each, as text for people."""
-    names = [ancestor["run"] for ancestor in reversed(lineage["ancestors"])] + [lineage["run"]]
-    left = [ancestor["position"] for ancestor in reversed(lineage["ancestors"])]
-    lines = [names[0]]
-    for depth, (name, position) in enumerate(zip(names[1:], left, strict=True), start=1):
-        lines.append(f"{'  ' * depth}- {name}: forked from {names[depth - 1]} at {format_tokens(position)} tokens")
-    if lineage.get("carried"):
-        carried = lineage["carried"]
-        moments = "with" if carried["moments"] else "without"
-        lines.append(
-            f"carried: weights, {moments} Adam's moments; random numbers {carried['rng']}; data {carried['data']}; "
-            f"learning rate {lineage['learning_rate']:.6g} on both sides; checkpoint {lineage['checkpoint']}"
+def _first_window(run: RunConfig, origin: Origin) -> int:
+    """The window the parent would have read next, of an order that both share."""
+    exclude = {"tokenizer"}  # says how text became tokens; the order is that of the tokens
+    parent = origin.run
+    theirs, mine = (one.data.model_dump(mode="json", exclude=exclude) for one in (parent, run))
+    changed = differences(theirs, mine, "data")
+    if changed:
+        raise ConfigError(
+            f"branch '{run.name}' cannot read on where its parent '{parent.name}' was: {'; '.join(changed)}",
+            "mixture, seed and sequence length make the order of the data",
+            "keep them, or set start.fork.data: fresh",
         )
-    return "\n".join(lines)
+    begun = (origin.facts.get("lineage") or {}).get("first_window", 0)
+    return begun + origin.facts["step"] * parent.batch.global_batch
+
+
+def _ancestors(origin: Origin) -> list[dict[str, Any]]:
+    """The chain from the parent to the root, nearest first; position is where the child left it."""
+    nearest = {"run": origin.run.name, "position": origin.facts["tokens"], "path": origin.parent}
+    return [nearest, *(origin.facts.get("lineage") or {}).get("ancestors", [])]

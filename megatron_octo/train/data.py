@@ -1,7 +1,8 @@
 """Window numbers -> the global batch of a step -> this rank's micro-batches.
 
-Step n reads windows n x G to (n + 1) x G - 1 of the run's global order, G sequences a step. The order knows
-nothing of the layout, so the position is all a resume needs and any layout reads the same tokens.
+Step n reads windows n x G to (n + 1) x G - 1 of the run's global order, G sequences a step; a branch that reads on
+where its parent was counts from there. The order knows nothing of the layout, so the position is all a resume needs
+and any layout reads the same tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ class Batches:
         run: batch sizes and layout.
         runtime: which share is this rank's.
         dataset: the run's windows in global order; each a dict of [s] tensors.
+        first_window: the window that step 0 begins with.
     """
 
-    def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any) -> None:
+    def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any, first_window: int = 0) -> None:
         self._dataset, self._device = dataset, runtime.device
         self._micro, self._global = run.batch.micro_batch, run.batch.global_batch
         self._share = self._global // runtime.data_size
-        self._first = self._share * runtime.data_rank
+        self._first = first_window + self._share * runtime.data_rank
         self._reads = runtime.is_first_stage or runtime.is_last_stage
         self._context, self._vocabulary = run.parallel.context, run.model.vocabulary
 

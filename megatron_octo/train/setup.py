@@ -54,7 +54,8 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
         DataError: a dataset of the mixture is missing or damaged.
     """
     start = on_rank_zero(lambda: open_run(run))
-    batches = Batches(run, runtime, open_dataset(run, runtime))
+    run = start.run
+    batches = Batches(run, runtime, open_dataset(run, runtime, start.first_window), start.first_window)
     seed = None if start.checkpoint else run.seed
     chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute))
     optimizer = build_optimizer(run, chunks)
@@ -118,9 +119,10 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> Any:
     return optimizer
 
 
-def open_dataset(run: RunConfig, runtime: Runtime) -> Any:
+def open_dataset(run: RunConfig, runtime: Runtime, first_window: int = 0) -> Any:
     """Open the mixture; rank 0 first, so that index arrays are computed once."""
-    build = partial(build_train_dataset, run.data, run.steps * run.batch.global_batch, run.out / CACHE)
+    windows = first_window + run.steps * run.batch.global_batch
+    build = partial(build_train_dataset, run.data, windows, run.out / CACHE)
     if runtime.world_size == 1:
         return build()
     on_rank_zero(lambda: len(build()))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from megatron_octo.checkpoint.seal import seal_digest
 from megatron_octo.checkpoint.store import (
+    CHECKPOINTS,
     FACTS,
     checkpoint_at,
     has_checkpoint,
@@ -19,23 +21,20 @@ from megatron_octo.config.load import differences, dump_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
-from megatron_octo.files import hold, write_json, write_text
-from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record
+from megatron_octo.files import hold, is_held, write_json, write_text
+from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
+from megatron_octo.train.change import continued, stored_run
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 _LOCK_PATIENCE = 3.0  # seconds: a killed predecessor needs a moment to die
-_MAY_CHANGE = (
-    "parallel", "recompute", "fp8", "transformer_impl", "optimizer.implementation", "checkpoint", "watch",
-    "validation", "logging", "threads", "timeout_minutes", "stop_grace_seconds", "out",
-)  # fmt: skip
-_MUST_STAY = "parallel.distributed_optimizer"
 
 
 class Start(NamedTuple):
     """How a run begins.
 
     Args:
+        run: the configuration, with the learning rate that a branch takes from its parent.
         checkpoint: what to load; None for random initial weights.
         moments: whether the optimizer's state is loaded too.
         step: steps this run has already taken.
@@ -44,12 +43,18 @@ class Start(NamedTuple):
         memory: what hooks remembered; empty for a new run, a branch among them.
     """
 
+    run: RunConfig
     checkpoint: Path | None
     moments: bool
-    step: int
-    root_tokens: int
-    lineage: dict[str, Any] | None
+    step: int = 0
+    root_tokens: int = 0
+    lineage: dict[str, Any] | None = None
     memory: dict[str, Any] = {}
+
+    @property
+    def first_window(self) -> int:
+        """Window of the data order that the run's first step begins with; not 0 if a branch reads on."""
+        return (self.lineage or {}).get("first_window", 0)
 
 
 def plan_start(run: RunConfig) -> Start:
@@ -72,8 +77,8 @@ def plan_start(run: RunConfig) -> Start:
     if run.start.fork is not None:
         return _fork(run)
     if run.start.checkpoint is not None:
-        return Start(_given(run), moments=False, step=0, root_tokens=0, lineage=None)
-    return Start(None, moments=False, step=0, root_tokens=0, lineage=None)
+        return Start(run, _given(run), moments=False)
+    return Start(run, None, moments=False)
 
 
 def last_step(run: RunConfig, until: int | None) -> int:
@@ -84,8 +89,8 @@ def last_step(run: RunConfig, until: int | None) -> int:
 def open_run(run: RunConfig) -> Start:
     """Make a run directory ready to train in; only rank 0, holding the lock, may call this.
 
-    Removes what a killed save left, writes `config.yaml` and a branch's `lineage.json`, and cuts lines of
-    `metrics.jsonl` that lie beyond the checkpoint.
+    Removes what a killed save left, writes `config.yaml` and a branch's `lineage.json`, tells a parent of its new
+    branch, and cuts lines of `metrics.jsonl` that lie beyond the checkpoint.
 
     Raises:
         ConfigError: see `plan_start`.
@@ -93,9 +98,11 @@ def open_run(run: RunConfig) -> Start:
     """
     start = plan_start(run)
     remove_leftovers(run.out)
-    dump_config(run, run.out / CONFIG)
+    dump_config(start.run, run.out / CONFIG)
     if start.lineage is not None:
         write_json(run.out / LINEAGE, start.lineage)
+        if start.step == 0:
+            _tell_parent(run, start.lineage)
     cut_metrics(run.out / METRICS, start.step)
     return start
 
@@ -131,8 +138,8 @@ def cut_metrics(path: Path, step: int) -> None:
 def _resume(run: RunConfig) -> Start:
     checkpoint = latest_checkpoint(run.out)
     facts = read_facts(checkpoint)
-    _check_same_run(run, facts["config"], checkpoint)
     return Start(
+        continued(run, facts, checkpoint),
         checkpoint,
         True,
         facts["step"],
@@ -142,34 +149,33 @@ def _resume(run: RunConfig) -> Start:
     )
 
 
-def _check_same_run(run: RunConfig, before: dict[str, Any], checkpoint: Path) -> None:
-    now = run.model_dump(mode="json")
-    changed = [line for line in differences(before, now) if not _allowed(line, before, now)]
-    if changed:
-        raise ConfigError(
-            f"{checkpoint.parent.parent}: this run has trained with other settings: {'; '.join(changed)}",
-            "a run goes on with its own data order, model and schedule; only parallel, checkpoint, threads, "
-            "timeout_minutes and a longer constant schedule may change",
-            "restore these fields, or choose another `out` for a new run",
-        )
-
-
-def _allowed(line: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    field = line.split(":", 1)[0]
-    if field == "schedule.tokens":
-        longer = now["schedule"]["tokens"] > before["schedule"]["tokens"]
-        return longer and now["schedule"]["kind"] == "constant"
-    return field.startswith(_MAY_CHANGE) and field != _MUST_STAY
-
-
 def _fork(run: RunConfig) -> Start:
     fork = run.start.fork
     assert fork is not None
     checkpoint = checkpoint_at(fork.parent, fork.at)
     facts = read_facts(checkpoint)
-    record = lineage_record(run, Origin(str(fork.parent), checkpoint.name, facts))
-    record["seal"] = seal_digest(checkpoint)
-    return Start(checkpoint, fork.moments, 0, facts["tokens"], record)
+    if fork.at is None and is_held(fork.parent):
+        raise CheckpointError(
+            f"{fork.parent}: still trains, and its latest checkpoint changes",
+            "a branch of a parent that trains says where it leaves",
+            f"set start.fork.at, e.g. to {facts['tokens']}, or wait for the parent",
+        )
+    origin = Origin(
+        str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, stored_run(facts, checkpoint)
+    )
+    run = with_parents_rate(run, origin)
+    return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage_record(run, origin))
+
+
+def _tell_parent(run: RunConfig, lineage: dict[str, Any]) -> None:
+    """Pin the checkpoint a branch leaves from, then see that it was not pruned just before."""
+    if not record_fork(run, lineage):
+        print(
+            f"octo: note: {lineage['parent']} cannot be written, so it does not know of branch '{run.name}', and "
+            f"may prune {lineage['checkpoint']}, which the branch left from",
+            file=sys.stderr,
+        )
+    read_facts(Path(lineage["parent"]) / CHECKPOINTS / lineage["checkpoint"])
 
 
 def _given(run: RunConfig) -> Path:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo.checkpoint.family import families
 from megatron_octo.checkpoint.seal import verify_seal
 from megatron_octo.checkpoint.store import latest_checkpoint, read_facts, sealed_checkpoints
 from megatron_octo.runtime.launch import launch
-from megatron_octo.schedule.fork import describe_lineage, read_lineage
+from megatron_octo.schedule.fork import pinned_checkpoints
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -192,7 +193,8 @@ def test_the_first_resumed_step_has_the_right_rate_and_weight_decay(notes):
 
 def test_a_branch_carries_weights_and_moments(folder, notes):
     assert notes["branch"] == {"error": None}
-    lineage = read_lineage(folder / "branch")
+    lineage = json.loads((folder / "branch" / "lineage.json").read_text())
+    assert pinned_checkpoints(folder / "reference") == {"step_00000008"}
     assert lineage["position"] == 8 * STEP_TOKENS
     assert lineage["checkpoint"] == "step_00000008"
     assert lineage["carried"]["moments"] is True
@@ -217,9 +219,10 @@ def test_the_tree_knows_its_ancestors(folder, notes):
     facts = read_facts(latest_checkpoint(folder / "leaf"))
     assert facts["tokens"] == (8 + 6 + 2) * STEP_TOKENS
     assert facts["lineage"]["ancestors"] == [
-        {"run": "branch", "position": 14 * STEP_TOKENS},
-        {"run": "tiny", "position": 8 * STEP_TOKENS},
+        {"run": "branch", "position": 14 * STEP_TOKENS, "path": str(folder / "branch")},
+        {"run": "tiny", "position": 8 * STEP_TOKENS, "path": str(folder / "reference")},
     ]
-    text = describe_lineage(read_lineage(folder / "leaf"))
-    assert text.splitlines()[0] == "tiny"
-    assert "leaf: forked from branch at 1.79K tokens" in text
+    [root] = families(folder / "leaf")
+    branch = next(child for child in root.children if child.directory == str(folder / "branch"))
+    assert (root.run, [leaf.run for leaf in branch.children]) == ("tiny", ["leaf"])
+    assert (branch.state, branch.tokens, branch.children[0].position) == ("finished", 6 * STEP_TOKENS, 14 * STEP_TOKENS)

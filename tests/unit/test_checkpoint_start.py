@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint.seal import seal_digest
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.schedule.fork import pinned_checkpoints
 from megatron_octo.train import start
 from megatron_octo.train.api import load_run, train_run
 from megatron_octo.train.start import cut_metrics, only_trainer, open_run, plan_start
@@ -71,6 +73,9 @@ def changed(config: RunConfig, path: str, value) -> RunConfig:
         ("threads", 1),
         ("timeout_minutes", 3),
         ("schedule.tokens", 20_000),
+        ("schedule.tokens", 1000),
+        ("schedule", {"kind": "wsd", "learning_rate": 1e-3, "tokens": 5000, "decay": "3K"}),
+        ("watch.nonfinite", "skip"),
     ],
 )
 def test_what_may_change(config, field, value):
@@ -90,7 +95,9 @@ def test_what_may_change(config, field, value):
         ("model.layers", 4, "model.layers: 2 -> 4"),
         ("seed", 1, "seed: 0 -> 1"),
         ("schedule.learning_rate", 2e-3, "schedule.learning_rate: 0.001 -> 0.002"),
-        ("schedule.tokens", 9_000, "schedule.tokens: 10000 -> 9000"),
+        ("schedule.tokens", 500, "it would end at 500 tokens, and 1024 are trained"),
+        ("schedule.kind", "linear", "the step at 128 tokens was taken at 0.001, and would have been at 0.00098848"),
+        ("schedule.warmup", 5000, "the step at 0 tokens was taken at 0.001, and would have been at 0"),
         ("optimizer.weight_decay", 0.2, "optimizer.weight_decay: 0.1 -> 0.2"),
         ("parallel.distributed_optimizer", False, "parallel.distributed_optimizer: True -> False"),
         ("dtype", "bf16", "dtype: 'fp32' -> 'bf16'"),
@@ -108,6 +115,47 @@ def test_a_decay_cannot_grow(tmp_path):
     save(config, 8)
     with pytest.raises(ConfigError, match="schedule.tokens: 10000 -> 20000"):
         plan_start(changed(config, "schedule.tokens", 20_000))
+
+
+def test_a_decay_may_move_until_it_begins(tmp_path):
+    def stable(start: int) -> dict:
+        return {"kind": "wsd", "learning_rate": 1e-3, "tokens": start + 512, "decay": 512, "shape": "linear"}
+
+    for begins, message in ((1024, None), (1023, "the rate would jump from 0.00099"), (896, "the rate would jump")):
+        config = RunConfig.model_validate(values(tmp_path / str(begins), schedule=stable(begins)))
+        save(config, 8)
+        later = config.model_copy(update={"schedule": config.schedule.model_copy(update={"tokens": 9000})})
+        if message is None:
+            assert plan_start(later).run.schedule.tokens == 9000
+            continue
+        with pytest.raises(ConfigError, match=message):
+            plan_start(later)
+
+
+def test_fields_that_are_newer_than_a_checkpoint_have_their_defaults(config):
+    path = config.out / "checkpoints" / "step_00000008" / "run.json"
+    facts = json.loads(path.read_text())
+    for section, fields in (("schedule", ("decay", "shape")), ("checkpoint", ("keep_every",)), ("start", ("fork",))):
+        for field in fields:
+            del facts["config"][section][field]
+    del facts["config"]["watch"], facts["config"]["optimizer"]["implementation"]
+    path.write_text(json.dumps(facts))
+    assert plan_start(config).run == config
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        plan_start(changed(config, "seed", 1))
+
+
+@pytest.mark.parametrize("how", ["resume", "fork"])
+def test_a_checkpoint_of_another_version_is_refused_in_words(config, tmp_path, how):
+    path = config.out / "checkpoints" / "step_00000008" / "run.json"
+    facts = json.loads(path.read_text())
+    facts["config"]["optimizer"]["amsgrad"] = True
+    path.write_text(json.dumps({**facts, "versions": {"megatron_octo": "0.0.9"}}))
+    fork = {"fork": {"parent": str(config.out)}}
+    run = config if how == "resume" else RunConfig.model_validate(values(tmp_path / "long", start=fork))
+    said = r"run\.json: config: unknown key 'optimizer\.amsgrad'; it was written by megatron_octo 0\.0\.9"
+    with pytest.raises(CheckpointError, match=said):
+        plan_start(run)
 
 
 def test_opening_cuts_metrics_beyond_the_checkpoint(config):
@@ -150,6 +198,61 @@ def test_a_branch_writes_its_lineage_before_it_trains(config, tmp_path):
     assert (begin.step, begin.root_tokens, begin.moments) == (0, 1024, True)
     assert written == begin.lineage
     assert written["parent"] == str(config.out)
+    assert written["seal"] == seal_digest(config.out / "checkpoints" / "step_00000008")
+    assert pinned_checkpoints(config.out) == {"step_00000008"}
+
+
+def test_a_branch_keeps_the_rate_it_took_from_its_parent(config, tmp_path):
+    fork = {"parent": str(config.out), "at": "1K"}
+    schedule = {"kind": "1-sqrt", "tokens": 2000}
+    branch = RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}, schedule=schedule))
+    branch.out.mkdir()
+    begin = open_run(branch)
+    assert begin.run.schedule.learning_rate == 1e-3
+    assert load_run(branch.out / "config.yaml") == begin.run
+    save(begin.run, 3)
+    assert plan_start(branch).run == begin.run == plan_start(begin.run).run
+    with pytest.raises(ConfigError, match="the step at 0 tokens was taken at 0.001"):
+        plan_start(changed(branch, "schedule.learning_rate", 2e-3))
+
+
+def test_a_branch_of_a_parent_that_trains_says_where_it_leaves(config, tmp_path):
+    def branch(**at) -> RunConfig:
+        fork = {"parent": str(config.out), **at}
+        return RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}))
+
+    with only_trainer(config.out):
+        with pytest.raises(CheckpointError, match=r"still trains.*fix: set start\.fork\.at, e\.g\. to 1024"):
+            plan_start(branch())
+        assert plan_start(branch(at=1024)).root_tokens == 1024
+    assert plan_start(branch()).root_tokens == 1024
+
+
+def test_a_branch_of_a_parent_that_cannot_be_written_starts_and_says_so(config, tmp_path, capsys):
+    (config.out / "forks").write_text("a file stands here")
+    fork = {"parent": str(config.out)}
+    branch = RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}))
+    branch.out.mkdir()
+    assert open_run(branch).root_tokens == 1024
+    said = capsys.readouterr().err
+    assert said.startswith("octo: note: ") and said.count("\n") == 1
+    assert "cannot be written" in said and "may prune step_00000008" in said
+
+
+def test_a_checkpoint_pruned_while_a_branch_starts_is_noticed(config, tmp_path):
+    fork = {"parent": str(config.out)}
+    branch = RunConfig.model_validate(values(tmp_path / "long", name="long", start={"fork": fork}))
+    branch.out.mkdir()
+
+    def prune_then_record(*_arguments):
+        store.retire(config.out / "checkpoints" / "step_00000008")
+        return True
+
+    with (
+        mock.patch.object(start, "record_fork", prune_then_record),
+        pytest.raises(CheckpointError, match=r"step_00000008/run\.json: no such file"),
+    ):
+        open_run(branch)
 
 
 def test_given_weights_must_exist(tmp_path):

@@ -1,0 +1,74 @@
+"""What may change between two starts of one run, and configurations of earlier versions. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.checkpoint.store import FACTS
+from megatron_octo.config.load import differences, parse_config
+from megatron_octo.config.run import RunConfig
+from megatron_octo.errors import CheckpointError, ConfigError
+from megatron_octo.schedule.change import rewritten_past
+
+_MAY_CHANGE = (
+    "parallel", "recompute", "fp8", "transformer_impl", "optimizer.implementation", "checkpoint", "watch",
+    "validation", "logging", "threads", "timeout_minutes", "stop_grace_seconds", "out",
+)  # fmt: skip
+_MUST_STAY = "parallel.distributed_optimizer"
+
+
+def stored_run(facts: dict[str, Any], checkpoint: Path) -> RunConfig:
+    """The configuration a checkpoint was trained with; a field that is newer than it has its default.
+
+    Raises:
+        CheckpointError: it has a field or value that this version does not know.
+    """
+    try:
+        return parse_config(RunConfig, facts.get("config") or {}, "config")
+    except ConfigError as error:
+        wrote = (facts.get("versions") or {}).get("megatron_octo", "another version")
+        raise CheckpointError(
+            f"{checkpoint / FACTS}: {error.what}",
+            f"it was written by megatron_octo {wrote}, whose configuration this version cannot read",
+            "go on with that version, or start a new run from this checkpoint: start.checkpoint",
+        ) from None
+
+
+def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunConfig:
+    """A run as it goes on from its checkpoint: the rate it took from its parent, if it states none, is its own now.
+
+    Raises:
+        ConfigError: a field differs that may not change, or the schedule's past would.
+        CheckpointError: see `stored_run`.
+    """
+    before = stored_run(facts, checkpoint)
+    if run.schedule.learning_rate is None:
+        rate = before.schedule.learning_rate
+        run = run.model_copy(update={"schedule": run.schedule.model_copy(update={"learning_rate": rate})})
+    changed = differences(before.model_dump(mode="json"), run.model_dump(mode="json"))
+    schedule = [line for line in changed if line.startswith("schedule.")]
+    other = [line for line in changed if line not in schedule and not _allowed(line)]
+    place = checkpoint.parent.parent
+    if other:
+        raise ConfigError(
+            f"{place}: this run has trained with other settings: {'; '.join(other)}",
+            "a run goes on with its own data order and model; layout, checkpoints, watching and logging may change, "
+            "and of the schedule what is still to come",
+            "restore these fields, or choose another `out` for a new run",
+        )
+    if schedule:
+        why = rewritten_past(before.schedule, run.schedule, facts["run_tokens"], run.tokens_per_step)
+        if why is not None:
+            raise ConfigError(
+                f"{place}: this run has trained with another schedule: {'; '.join(schedule)}: {why}",
+                "of a schedule only what is still to come may change: a stable stretch may become longer, a decay "
+                "that has not begun may move",
+                "restore it, or fork from a checkpoint before the decay",
+            )
+    return run
+
+
+def _allowed(line: str) -> bool:
+    field = line.split(":", 1)[0]
+    return field.startswith(_MAY_CHANGE) and field != _MUST_STAY
