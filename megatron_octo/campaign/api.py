@@ -11,11 +11,9 @@ from megatron_octo.campaign.stages import Stage, expand, write_settings
 from megatron_octo.campaign.state import StageState, exclusive, read_state, settle_config
 from megatron_octo.config.campaign import CampaignConfig
 from megatron_octo.config.load import load_config
+from megatron_octo.config.recipes import find_recipe
 from megatron_octo.errors import ConfigError
 from megatron_octo.files import is_held
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-"""The run and campaign files that come with the package."""
 
 
 def run_campaign(path: Path, out: Path | None = None, overrides: list[str] | None = None) -> Path:
@@ -32,7 +30,7 @@ def run_campaign(path: Path, out: Path | None = None, overrides: list[str] | Non
     Raises:
         OctoError: bad settings, a directory in use or of another campaign, a failed stage.
     """
-    config = load_config(CampaignConfig, find_recipe(path), overrides)
+    config = load_config(CampaignConfig, find_recipe(path, "campaigns"), overrides)
     out = (out or Path("runs") / config.name).resolve()
     cores = _cores()
     stages = expand(config, out, cores)
@@ -42,21 +40,6 @@ def run_campaign(path: Path, out: Path | None = None, overrides: list[str] | Non
         record_machine(out)
         Engine(out, stages, cores).run()
     return out
-
-
-def find_recipe(path: Path) -> Path:
-    """The file itself, or the packaged recipe of that name.
-
-    Raises:
-        ConfigError: neither is there; the message lists the packaged ones.
-    """
-    if path.exists():
-        return path
-    packaged = RECIPES / Path(*[part for part in path.parts if part != "recipes"])
-    if not path.is_absolute() and packaged.is_file():
-        return packaged
-    known = ", ".join(f"recipes/campaigns/{recipe.name}" for recipe in sorted((RECIPES / "campaigns").glob("*.yaml")))
-    raise ConfigError(f"{path}: no such file", f"campaigns that come with the package: {known}", "check the path")
 
 
 def campaign_stages(out: Path) -> list[tuple[Stage, StageState]]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_octo.config.recipes import packaged
 from megatron_octo.errors import ConfigError
 from megatron_octo.files import write_text
 
@@ -20,8 +21,9 @@ def load_config(kind: type[Config], path: Path, overrides: list[str] | None = No
 
     Args:
         kind: the configuration class the file must fit.
-        path: a YAML file. Its key `base:`, if any, names another YAML file (relative to it) whose
-            values are taken first.
+        path: a YAML file. Its key `base:`, if any, names a YAML file, or a list of them, whose values are taken first:
+            relative to it, or a packaged one as `recipes/...`. What comes later in the list, and last the file
+            itself, wins.
         overrides: `dotted.key=value` strings that win over the file; values are YAML.
 
     Returns:
@@ -56,13 +58,18 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if "base" not in values:
         return values
     base = values.pop("base")
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base = {base!r}", "it names one YAML file, relative to this one", "give its path")
-    chain = (*above, path.resolve())
-    under = path.parent / base
-    if under.resolve() in chain:
-        raise ConfigError(f"{path}: base = {base!r} builds on itself", fix="end the circle: remove one 'base'")
-    return merge(_read_chain(under, chain), values)
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        rule = "it names one YAML file, or a list of them, relative to this one"
+        raise ConfigError(f"{path}: base = {base!r}", rule, "give the path")
+    chain, under = (*above, path.resolve()), {}
+    for name in names:
+        beside = path.parent / name
+        file = beside if beside.exists() else packaged(Path(name)) or beside
+        if file.resolve() in chain:
+            raise ConfigError(f"{path}: base = {name!r} builds on itself", fix="end the circle: remove one 'base'")
+        under = merge(under, _read_chain(file, chain))
+    return merge(under, values)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo.campaign.api import RECIPES, campaign_stages, find_recipe, run_campaign
+from megatron_octo.campaign.api import campaign_stages, run_campaign
 from megatron_octo.campaign.stages import expand, write_settings
 from megatron_octo.campaign.state import settle_config
 from megatron_octo.config.campaign import CampaignConfig
 from megatron_octo.config.load import load_config, parse_config
+from megatron_octo.config.recipes import RECIPES, find_recipe
 from megatron_octo.config.rl import RLStageConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import ConfigError
@@ -20,7 +21,7 @@ BRANCH = "{tokens: 10K, mixture: {web: 1}, max_new_tokens: 10}"
 
 
 def demo(*overrides: str) -> CampaignConfig:
-    return load_config(CampaignConfig, find_recipe(DEMO), list(overrides))
+    return load_config(CampaignConfig, find_recipe(DEMO, "campaigns"), list(overrides))
 
 
 def test_tree(tmp_path: Path) -> None:

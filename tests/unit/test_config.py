@@ -40,6 +40,41 @@ def test_base_file_lies_under(tmp_path: Path) -> None:
     assert (loaded.name, loaded.model.layers, loaded.model.hidden, loaded.batch.micro_batch) == ("other", 2, 64, 4)
 
 
+def test_of_several_bases_the_later_wins_and_the_file_itself_over_all(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "size.yaml").write_text("model: {layers: 2, hidden: 32}\nbatch: {micro_batch: 4}\n")
+    (tmp_path / "over.yaml").write_text("base: [run.yaml, size.yaml]\nmodel: {hidden: 128}\n")
+    loaded = load_config(RunConfig, tmp_path / "over.yaml")
+    assert (loaded.model.layers, loaded.model.hidden, loaded.batch.micro_batch) == (2, 128, 4)
+
+
+def test_a_base_may_be_a_packaged_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: recipes/runs/llama32_1b_long_16xh100_fp8.yaml\nname: mine\n")
+    loaded = load_config(RunConfig, tmp_path / "mine.yaml")
+    assert (loaded.name, loaded.model.layers, loaded.parallel.data) == ("mine", 16, 16)
+    (tmp_path / "recipes" / "runs").mkdir(parents=True)  # a file of one's own of that name comes first
+    (tmp_path / "recipes" / "runs" / "llama32_1b_long_16xh100_fp8.yaml").write_text(yaml.safe_dump(RUN))
+    assert load_config(RunConfig, tmp_path / "mine.yaml").model.layers == 4
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("[run.yaml, 3]", ["base = ['run.yaml', 3]", "one YAML file, or a list of them"]),
+        ("[]", ["base = []", "a list of them"]),
+        ("[run.yaml, over.yaml]", ["base = 'over.yaml' builds on itself"]),
+        ("[run.yaml, gone.yaml]", ["gone.yaml: no such file"]),
+        ("recipes/../../secret.yaml", ["secret.yaml: no such file"]),
+    ],
+)
+def test_bases_that_are_none(tmp_path: Path, base: str, words: list[str]) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "over.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, tmp_path / "over.yaml")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
