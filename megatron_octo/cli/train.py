@@ -14,11 +14,24 @@ def train(
     file: Path,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="stop, with a checkpoint, at this token position: 40K")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and count all, start and write nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run: print JSON for machines")] = False,
 ) -> None:
     """Train a run on this machine, or go on with it; starts as many processes as its layout needs.
 
+    Run files under recipes/runs/ come with the package.
+
     Example: octo train run.yaml parallel.tensor=2 --until 1M
+
+    Example: octo train recipes/runs/llama32_3b_stable_64xh100_fp8.yaml --dry-run
     """
+    if as_json and not dry_run:
+        raise typer.BadParameter("only a dry run prints facts: add --dry-run", param_hint="--json")
+    if dry_run:
+        from megatron_octo.cli.dry_run import show_dry_run
+
+        show_dry_run(file, overrides or [], as_json)
+        return
     from megatron_octo.train.api import train_run
 
     train_run(file, overrides or [], None if until is None else _tokens(until))

@@ -175,10 +175,11 @@ def read_index(prefix: Path) -> Index:
 def _read_pair(prefix: Path) -> bytes:
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
+            named = prefix.suffix in (".bin", ".idx")
             raise DataError(
-                f"{path} does not exist",
+                f"{path} {'is not a file' if path.exists() else 'does not exist'}",
                 "an indexed dataset is a pair .bin and .idx",
-                "build it with `octo data build`",
+                f"name it without suffix: {prefix.with_suffix('')}" if named else "build it with `octo data build`",
             )
     return idx_path(prefix).read_bytes()
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_octo.config.run import DataConfig
 from megatron_octo.data.encode import vocabulary_of
-from megatron_octo.data.indexed import read_index
+from megatron_octo.data.indexed import Index, bin_path, read_index
 from megatron_octo.errors import DataError, EnvironmentProblem
+
+_SCANNED = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,27 @@ def windows_per_epoch(tokens: int, sequence_length: int) -> int:
     return max(0, (tokens - 1) // sequence_length)
 
 
-def check_vocabulary(data: DataConfig, vocabulary: int) -> None:
-    """Check that every token of every source, and of the tokenizer, is a row of the model's embedding.
-
-    Args:
-        data: what is read.
-        vocabulary: rows of the model's embedding without padding.
+def open_source(data: DataConfig, name: str) -> Index:
+    """Open one source of a mixture.
 
     Raises:
-        DataError: the tokenizer has more entries than the model, or a source holds a larger token.
+        DataError: its pair of files is missing or damaged, or has fewer tokens than one window needs.
+    """
+    index = read_index(data.mixture[name].path)
+    if not windows_per_epoch(index.tokens, data.sequence_length):
+        raise DataError(
+            f"data.mixture.{name} ({index.prefix}) has {index.tokens} tokens in {index.documents} documents",
+            f"one window of data.sequence_length = {data.sequence_length} needs {data.sequence_length + 1}",
+            "shorten the sequence, build more data, or drop the source",
+        )
+    return index
+
+
+def check_tokenizer(data: DataConfig, vocabulary: int) -> None:
+    """Check that every entry of the tokenizer is a row of the model's embedding.
+
+    Raises:
+        DataError: it has more entries than the model has rows.
     """
     size = vocabulary_of(data.tokenizer)
     if size > vocabulary:
@@ -79,17 +94,35 @@ def check_vocabulary(data: DataConfig, vocabulary: int) -> None:
             "every token needs a row of the embedding",
             f"set model.vocabulary to {size} or name the model's own tokenizer",
         )
-    for name, source in data.mixture.items():
-        largest = largest_token(source.path)
-        if largest >= vocabulary:
-            raise DataError(
-                f"data.mixture.{name} ({source.path}) holds token {largest}, model.vocabulary is {vocabulary}",
-                "every token needs a row of the embedding",
-                "build the data with this model's tokenizer; if it was, the file is damaged: build it again",
-            )
 
 
-def largest_token(prefix: Any) -> int:
+def check_tokens(prefix: Path, field: str, vocabulary: int) -> bool:
+    """Check that every token of an indexed dataset is a row of the model's embedding, where that takes a moment only.
+
+    Args:
+        prefix: path of the pair without suffix.
+        field: where a configuration names it.
+        vocabulary: rows of the model's embedding without padding.
+
+    Returns:
+        Whether its tokens were looked at: those of files above 256 MiB are checked as they are read (train.data).
+
+    Raises:
+        DataError: it holds a larger token.
+    """
+    if bin_path(prefix).stat().st_size > _SCANNED:
+        return False
+    largest = largest_token(prefix)
+    if largest >= vocabulary:
+        raise DataError(
+            f"{field} ({prefix}) holds token {largest}, model.vocabulary is {vocabulary}",
+            "every token needs a row of the embedding",
+            "build the data with this model's tokenizer; if it was, the file is damaged: build it again",
+        )
+    return True
+
+
+def largest_token(prefix: Path) -> int:
     """Largest token of an indexed dataset, read from the tokens themselves; -1 if there are none."""
     tokens = read_index(prefix).all_tokens()
     return int(tokens.max()) if len(tokens) else -1

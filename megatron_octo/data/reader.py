@@ -10,10 +10,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from megatron_octo.config.run import DataConfig
-from megatron_octo.data.indexed import Index, read_index
-from megatron_octo.data.mixture import Order, order, shares, windows_per_epoch
+from megatron_octo.data.mixture import Order, open_source, order, shares, windows_per_epoch
 from megatron_octo.data.source import SourceDataset
-from megatron_octo.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def build_train_dataset(data: DataConfig, sequences: int, cache: Path) -> TrainD
         EnvironmentProblem: megatron-core's compiled helper is missing.
     """
     share = shares(data)
-    indices = {name: _open(data, name) for name in share}
+    indices = {name: open_source(data, name) for name in share}
     windows = order(list(share.values()), sequences)
     taken = np.bincount(windows.source, minlength=len(share))
     sources, facts = {}, {}
@@ -143,14 +141,3 @@ def windows(data: DataConfig, first: int, count: int, cache: Path) -> list[Windo
     """
     dataset = build_train_dataset(data, first + count, cache)
     return [dataset.window(number) for number in range(first, first + count)]
-
-
-def _open(data: DataConfig, name: str) -> Index:
-    index = read_index(data.mixture[name].path)
-    if not windows_per_epoch(index.tokens, data.sequence_length):
-        raise DataError(
-            f"data.mixture.{name} ({index.prefix}) has {index.tokens} tokens in {index.documents} documents",
-            f"one window of data.sequence_length = {data.sequence_length} needs {data.sequence_length + 1}",
-            "shorten the sequence, build more data, or drop the source",
-        )
-    return index

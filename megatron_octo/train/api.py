@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
+from megatron_octo.config.recipes import find_recipe
 from megatron_octo.config.run import RunConfig
 from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
@@ -19,10 +20,14 @@ from megatron_octo.train.start import last_step, plan_start
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run file and check every rule.
 
+    Args:
+        path: run file; a path under `recipes/` is found in the package when it does not exist here.
+        overrides: `dotted.key=value` strings.
+
     Raises:
         ConfigError: the first field or rule that is wrong.
     """
-    run = load_config(RunConfig, path, overrides)
+    run = load_config(RunConfig, find_recipe(path, "runs"), overrides)
     check_run(run)
     return run
 
@@ -38,11 +43,12 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     Raises:
         ConfigError: the run is wrong, or differs from what trained in its directory before.
         CheckpointError: what it starts from is not there.
+        DataError: a source is missing, damaged or too short, or holds tokens the model has no row for.
         StageFailed: a rank failed; its exit code is kept.
     """
     run = load_run(path, overrides)
-    step, last = plan_start(run).step, last_step(run, until)
-    if step >= last:
+    start, last = plan_start(run), last_step(run, until)
+    if start.step >= last:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from megatron_octo.train.loop import train
@@ -50,9 +56,12 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
         train(run, until)
         return
     from megatron_octo.runtime.launch import launch
+    from megatron_octo.train.needs import needs, repeats
 
+    if note := repeats({need.source: need.passes for need in needs(start.run, start.first_window)}):
+        print(f"octo: {note}", file=sys.stderr)
     arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
-    with _mirrored_progress(run, step, last) as (environment, watch):
+    with _mirrored_progress(run, start.step, last) as (environment, watch):
         launch(
             "megatron_octo.train",
             arguments,

@@ -24,6 +24,7 @@ from megatron_octo.model.build import build_chunks
 from megatron_octo.model.translate import ddp_config, optimizer_config
 from megatron_octo.runtime.groups import Runtime
 from megatron_octo.train.data import Batches
+from megatron_octo.train.needs import repeats
 from megatron_octo.train.start import open_run
 from megatron_octo.train.state import TrainState
 
@@ -55,7 +56,10 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     """
     start = on_rank_zero(lambda: open_run(run))
     run = start.run
-    batches = Batches(run, runtime, open_dataset(run, runtime, start.first_window), start.first_window)
+    dataset = open_dataset(run, runtime, start.first_window)
+    if runtime.rank == 0 and (note := repeats({name: facts["epochs"] for name, facts in dataset.facts.items()})):
+        print(note, flush=True)  # into the log of the run
+    batches = Batches(run, runtime, dataset, start.first_window)
     seed = None if start.checkpoint else run.seed
     chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute))
     optimizer = build_optimizer(run, chunks)

@@ -65,15 +65,38 @@ def plan_start(run: RunConfig) -> Start:
             its parent.
         CheckpointError: a pointer, parent or checkpoint is not there.
         DataError: a new run's tokenizer is not there.
+        EnvironmentProblem: the run directory is a file.
     """
+    if run.out.exists() and not run.out.is_dir():
+        raise EnvironmentProblem(f"{run.out}: a file stands where a directory is needed", fix="name another `out`")
     if has_checkpoint(run.out):
         return _resume(run)
-    if not run.data.tokenizer.is_dir():
+    check_tokenizer_directory(run)
+    return origin(run)
+
+
+def check_tokenizer_directory(run: RunConfig) -> None:
+    """Check that a new run's tokenizer is where it says.
+
+    Raises:
+        DataError: it is not.
+    """
+    named = run.data.tokenizer
+    if not named.is_dir():
         raise DataError(
-            f"data.tokenizer = {run.data.tokenizer}: no such directory",
+            f"data.tokenizer = {named}: {'a file, not a directory' if named.exists() else 'no such directory'}",
             "the trained model is exported with the tokenizer of its data",
             "name the one that `octo data build` wrote or used",
         )
+
+
+def origin(run: RunConfig) -> Start:
+    """Where a run begins that has not trained yet.
+
+    Raises:
+        ConfigError: a branch does not continue its parent, or a checkpoint holds another model.
+        CheckpointError: a parent or checkpoint is not there.
+    """
     if run.start.fork is not None:
         return _fork(run)
     if run.start.checkpoint is not None:

@@ -285,7 +285,8 @@ def test_the_command_refuses_before_any_process_starts(config, tmp_path):
     plain = config.model_dump(mode="json")
     plain["data"]["seed"] = 9
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
-    with mock.patch("megatron_octo.runtime.launch.launch") as launch:
+    there = mock.patch("megatron_octo.train.needs.needs", return_value=[])  # its data, that is
+    with mock.patch("megatron_octo.runtime.launch.launch") as launch, there:
         with pytest.raises(ConfigError, match=r"data\.seed: 0 -> 9"):
             train_run(tmp_path / "run.yaml")
         train_run(tmp_path / "run.yaml", ["data.seed=0", "parallel.data=2"], 4000)

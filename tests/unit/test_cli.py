@@ -129,7 +129,6 @@ MISTAKES = [
     (["train", "no-base.yaml"], 2, ["no-base.yaml", "base = 3"]),
     (["train", "run.yaml", "name=2020-13-45"], 2, ["name=2020-13-45", "not valid YAML"]),
     (["train", "run.yaml", "parallel.tensor=3"], 2, ["parallel.tensor = 3", "model.heads = 4", "[1, 2, 4]"]),
-    (["train", "run.yaml", "parallel.tensor=4"], 2, ["parallel.tensor = 4", "model.kv_groups = 2"]),
     (["train", "run.yaml", "batch.micro_batch=3"], 2, ["batch.global_batch = 8", "micro_batch 3"]),
     (["train", "run.yaml", "data.sequence_length=65"], 2, ["sequence_length = 65", "max_positions = 64"]),
     # data

@@ -15,7 +15,7 @@ import torch
 from megatron_octo.config.run import DataConfig, Source
 from megatron_octo.data import mixture
 from megatron_octo.data.indexed import bin_path, read_index, write_indexed
-from megatron_octo.data.mixture import check_vocabulary, shares
+from megatron_octo.data.mixture import check_tokenizer, check_tokens, shares
 from megatron_octo.data.reader import TrainDataset, build_train_dataset, windows
 from megatron_octo.errors import DataError, EnvironmentProblem
 
@@ -182,13 +182,18 @@ def test_vocabulary(tmp_path: Path) -> None:
 
     train_tokenizer(["some text"], 300, tmp_path)
     size = max(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].values()) + 1
-    write_indexed(tmp_path / "web", [[1, size - 1], [5, 2]], size)
-    check_vocabulary(_data(tmp_path, web=1), size)
+    check_tokenizer(_data(tmp_path, web=1), size)
     with pytest.raises(DataError, match=f"has {size} entries, model.vocabulary is {size - 1}"):
-        check_vocabulary(_data(tmp_path, web=1), size - 1)
-    write_indexed(tmp_path / "web", [[1, size], [5, 2]], size)
-    with pytest.raises(DataError, match=rf"data.mixture.web .* holds token {size}, model.vocabulary is {size}"):
-        check_vocabulary(_data(tmp_path, web=1), size)
+        check_tokenizer(_data(tmp_path, web=1), size - 1)
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_indexed(tmp_path / "web", [[1, 90], [5, 2]], 91)
+    assert check_tokens(tmp_path / "web", "data.mixture.web", 91)
+    with pytest.raises(DataError, match=r"data.mixture.web .* holds token 90, model.vocabulary is 90"):
+        check_tokens(tmp_path / "web", "data.mixture.web", 90)
+    monkeypatch.setattr(mixture, "_SCANNED", 4)  # bytes: what is larger is looked at as it is read
+    assert not check_tokens(tmp_path / "web", "data.mixture.web", 90)
 
 
 def test_missing_compiled_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

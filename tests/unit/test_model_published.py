@@ -1,4 +1,4 @@
-"""The published config.json of real models: read whole, counted to the last parameter, and written back.
+"""The published config.json of real models: what our recipes say, counted to the last parameter, and written back.
 
 The values are those of the models' own files; ids of special tokens and switches without meaning here are left out.
 """
@@ -9,8 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.load import parse_config, read_yaml
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.recipes import RECIPES
+from megatron_octo.model.build import build_chunks
 from megatron_octo.model.facts import parameter_count
 from megatron_octo.model.hugging_face import from_hf_config, to_hf_config
+from megatron_octo.model.translate import padded_vocabulary
+from megatron_octo.runtime.rehearsal import standing_at
 
 
 def config(
@@ -63,10 +70,46 @@ PUBLISHED = {
 }
 
 
+FILES = {name: name.lower().replace("-", "_").replace("llama_3.", "llama3").replace(".", "_") for name in PUBLISHED}
+FILES = {name: file.replace("qwen2_5", "qwen25") for name, file in FILES.items()}
+
+
+def recipe(name: str) -> ModelConfig:
+    """The model as the package's own file says it."""
+    return parse_config(ModelConfig, read_yaml(RECIPES / "models" / f"{FILES[name]}.yaml")["model"], name)
+
+
+def test_every_model_of_the_recipes_is_here():
+    assert {path.stem for path in (RECIPES / "models").glob("*.yaml")} == set(FILES.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_recipe_is_the_published_model(name):
+    values, count = PUBLISHED[name]
+    assert recipe(name) == from_hf_config(values)
+    assert f"{count:,} parameters" in (RECIPES / "models" / f"{FILES[name]}.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(name):
-    values, count = PUBLISHED[name]
-    assert parameter_count(from_hf_config(values)) == count
+    """By arithmetic, and by megatron-core's own layers, which nothing here multiplies out."""
+    model, count = recipe(name), PUBLISHED[name][1]
+    assert parameter_count(model) == count
+    with standing_at(ParallelConfig(), rank=0):
+        (built,) = build_chunks(model, ParallelConfig(), "bf16", None)
+    assert {weight.device.type for weight in built.parameters()} == {"meta"}
+    rows = padded_vocabulary(model.vocabulary) - model.vocabulary
+    assert rows == 0, "every published vocabulary is a multiple of 128"
+    assert sum(weight.numel() for weight in built.parameters()) == count
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_that_pad_the_vocabulary_are_all_that_differs(name):
+    model = recipe(name).model_copy(update={"vocabulary": 128_100})
+    with standing_at(ParallelConfig(), rank=0):
+        (built,) = build_chunks(model, ParallelConfig(), "bf16", None)
+    padding = (128_128 - 128_100) * model.hidden * (1 if model.tied_embeddings else 2)
+    assert sum(weight.numel() for weight in built.parameters()) == parameter_count(model) + padding
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

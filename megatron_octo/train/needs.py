@@ -1,0 +1,76 @@
+"""What a run needs of its data, before anything is started: windows, passes, tokens that fit. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_octo.config.run import RunConfig
+from megatron_octo.data.indexed import bin_path, idx_path
+from megatron_octo.data.mixture import check_tokenizer, check_tokens, open_source, shares, windows_per_epoch
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run takes from one source of its mixture.
+
+    Args:
+        source: its name.
+        path: prefix of its pair of files.
+        share: of the windows, after the weights are made to sum to one.
+        windows: of the data's sequence length, that the whole run reads from it.
+        passes: over the source since the order began; above 1 it repeats, in a new order each time. None: its files are
+            not there.
+        scanned: whether every token was seen to be in the model's vocabulary.
+    """
+
+    source: str
+    path: Path
+    share: float
+    windows: int
+    passes: float | None = None
+    scanned: bool = False
+
+
+def needs(run: RunConfig, first_window: int = 0, lacking: bool = False) -> list[Need]:
+    """Find out what a run reads, and open each source for it.
+
+    Args:
+        run: the checked configuration.
+        first_window: that the run begins with; not 0 for a branch that reads on where its parent was.
+        lacking: whether files may be missing (a rehearsal on another machine); damaged ones are refused all the same.
+
+    Returns:
+        One `Need` a source, by name.
+
+    Raises:
+        DataError: a source is missing, damaged or shorter than a window, or it or the tokenizer holds more tokens than
+            the model's vocabulary.
+    """
+    if run.data.tokenizer.is_dir():  # a new run needs it: train.start
+        check_tokenizer(run.data, run.model.vocabulary)
+    return [_need(run, name, share, first_window, lacking) for name, share in shares(run.data).items()]
+
+
+def _need(run: RunConfig, name: str, share: float, first_window: int, lacking: bool) -> Need:
+    path = run.data.mixture[name].path
+    own = run.steps * run.batch.global_batch
+    windows = math.ceil(share * own)
+    if lacking and not is_there(path):
+        return Need(name, path, share, windows)
+    index = open_source(run.data, name)
+    scanned = check_tokens(path, f"data.mixture.{name}", run.model.vocabulary)
+    passes = math.ceil(share * (first_window + own)) / windows_per_epoch(index.tokens, run.data.sequence_length)
+    return Need(name, path, share, windows, passes, scanned)
+
+
+def is_there(prefix: Path) -> bool:
+    """Whether any file of a pair exists."""
+    return bin_path(prefix).exists() or idx_path(prefix).exists()
+
+
+def repeats(passes: dict[str, float | None]) -> str:
+    """Say which sources are read more than once and how often; empty if none is."""
+    often = [f"{name} {count:.3g} times" for name, count in passes.items() if (count or 0) > 1]
+    return f"sources read more than once: {', '.join(often)}" if often else ""

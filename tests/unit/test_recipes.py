@@ -1,0 +1,146 @@
+"""The run files that come with the package: complete, explained key by key, and sound to the last parameter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from megatron_octo.config.load import read_yaml
+from megatron_octo.config.recipes import RECIPES
+from megatron_octo.config.run import RunConfig
+from megatron_octo.train.api import load_run
+from megatron_octo.train.dry_run import dry_run
+
+SIZES = {  # published parameters, learning rate, GPUs
+    "llama32_1b": (1_235_814_400, 5e-5, 16),
+    "llama32_3b": (3_212_749_824, 2e-5, 64),
+    "llama31_8b": (8_030_261_248, 1e-5, 128),
+}
+STAGES = ["stable", "long", "short", "hybrid", "tool", "open"]
+RUNS = [(size, stage) for size in SIZES for stage in STAGES]
+LATEST_H100 = 79 * 2**30  # bytes that a card of "80 GB" reports
+
+
+def file_of(size: str, stage: str) -> Path:
+    return Path(f"recipes/runs/{size}_{stage}_{SIZES[size][2]}xh100_fp8.yaml")
+
+
+def run_of(size: str, stage: str) -> RunConfig:
+    return load_run(file_of(size, stage))
+
+
+def test_no_other_file_is_among_them() -> None:
+    assert {path.name for path in (RECIPES / "runs").glob("*.yaml")} == {file_of(*each).name for each in RUNS}
+
+
+@pytest.mark.parametrize(("size", "stage"), RUNS)
+def test_a_dry_run_finds_the_published_model_in_every_run(
+    size: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parameters, _, gpus = SIZES[size]
+    facts = dry_run(run_of(size, stage))
+    assert facts["processes"] == gpus
+    assert facts["parameters"]["published"] == parameters and facts["parameters"]["padding"] == 0
+    assert facts["tokens_per_step"] == 4_194_304
+    assert facts["steps"] == (47_684 if stage == "stable" else 4_769)
+    assert sum(need["share"] for need in facts["sources"]) == pytest.approx(1)
+    assert all(stage["total"] < 0.75 * LATEST_H100 for stage in facts["stages"]), "room for what is not counted"
+    start = (
+        "start.checkpoint = checkpoints/Llama-3." if stage == "stable" else f"start.fork.parent = runs/{size}_stable"
+    )
+    assert facts["start"].startswith(start)
+    assert "fp8: would need Hopper GPUs and TransformerEngine" in facts["not_checked"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "stage"), RUNS)
+def test_values_of_the_recipe(size: str, stage: str) -> None:
+    run, stable = run_of(size, stage), run_of(size, "stable")
+    assert run.name == f"{size}_{stage}" and run.out == Path("runs") / run.name
+    assert (run.data.sequence_length, run.batch.global_batch, run.dtype) == (8192, 512, "bf16")
+    assert run.optimizer.model_dump(exclude={"implementation"}) == {
+        "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "clip": 1.0,
+    }  # fmt: skip
+    assert (run.schedule.learning_rate, run.schedule.warmup) == (SIZES[size][1], 0)
+    if stage == "stable":
+        assert (run.schedule.kind, run.schedule.tokens) == ("constant", 200 * 10**9)
+        return
+    assert (run.schedule.kind, run.schedule.tokens, run.schedule.final_ratio) == ("cosine", 20 * 10**9, 0.1)
+    fork = run.start.fork
+    assert fork is not None and (fork.parent, fork.at, fork.moments) == (stable.out, 200 * 10**9, True)
+    assert run.model == stable.model and run.parallel.processes == stable.parallel.processes
+
+
+PAPER = {
+    "stable": {
+        "megamath_web_pro_max": 0.725, "dclm_baseline": 0.10, "megamath_text_code": 0.10, "megamath_qa": 0.05,
+        "megamath_code": 0.0125, "megamath_translated_code": 0.0125,
+    },
+    "long": {
+        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, "instruction": 0.10, "openr1_math_220k": 0.15,
+        "am_deepseek_distilled_40m": 0.15,
+    },
+    "short": {
+        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, "instruction": 0.10, "megamath_qa": 0.025,
+        "openmathinstruct_2": 0.175, "numinamath_1_5": 0.10,
+    },
+    "hybrid": {
+        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, "instruction": 0.10, "openr1_math_220k": 0.10,
+        "openmathinstruct_2": 0.10, "numinamath_1_5": 0.10,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_of_the_mixtures(stage: str) -> None:
+    weights = {name: source.weight for name, source in run_of("llama32_3b", stage).data.mixture.items()}
+    assert weights == PAPER.get(stage, weights)
+    assert sum(weights.values()) == pytest.approx(1)
+    text = (RECIPES / "mixtures" / f"{stage}.yaml").read_text()
+    assert ("arXiv:2506.20512" in text) == (stage in PAPER) and ("Our choice" in text) == (stage not in PAPER)
+
+
+def unstated(kind: type[BaseModel], values: dict[str, Any], where: str = "") -> list[str]:
+    """Fields that a file leaves to their defaults, but for those that mean "none" or have only one value."""
+    found = []
+    for name, field in kind.model_fields.items():
+        value, arguments = values.get(name), get_args(field.annotation)
+        nested = [part for part in (field.annotation, *arguments) if isinstance(part, type(BaseModel))]
+        if name not in values:
+            found += [] if field.default is None or len(arguments) == 1 else [where + name]
+        elif nested and isinstance(value, dict):
+            several = value.items() if get_origin(field.annotation) is dict else [(None, value)]
+            for key, one in several:
+                found += unstated(nested[0], one, f"{where}{name}." + (f"{key}." if key else ""))
+    return found
+
+
+@pytest.mark.parametrize(("size", "stage"), RUNS)
+def test_no_default_decides(size: str, stage: str) -> None:
+    values = read_yaml(RECIPES / "runs" / file_of(size, stage).name)
+    assert unstated(RunConfig, values) == []
+    del values["watch"]["sigma"]
+    assert unstated(RunConfig, values) == ["watch.sigma"]
+
+
+PARTS = sorted(path for folder in ("models", "mixtures", "runs") for path in (RECIPES / folder).rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_every_key_is_explained(path: Path) -> None:
+    """A key that holds a value has a comment on its line or, for a source of a mixture, on the line of its name."""
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    keys = [line for line in lines if re.match(r"\s*(\w+:\s*\S|- )", line) and not line.startswith("base:")]
+    silent = [line for line in keys if " # " not in line and not re.match(r"\s+(path|weight):|\w+:\s+#", line)]
+    assert silent == []
+    named = [line for line in lines if re.match(r"    \w+:", line)] if path.parent.name == "mixtures" else []
+    assert all(" # " in line for line in named)
+    assert "#" not in str(yaml.safe_load(path.read_text())), "a comment that YAML reads as part of a value"
+    assert max(map(len, lines)) <= 120
