@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megatron_octo.checkpoint.store import latest_checkpoint, read_facts, retire, sealed_checkpoints
 from megatron_octo.errors import CheckpointError
+from megatron_octo.schedule.fork import pinned_checkpoints
 
 
 class Policy(NamedTuple):
@@ -58,7 +59,9 @@ def removable(saved: Sequence[Saved], policy: Policy, needed: Collection[str]) -
 
 
 def prune(run_dir: Path, policy: Policy) -> list[str]:
-    """Remove the checkpoints of a run that its policy does not keep; call it when the newest is sealed and pointed at.
+    """Remove the checkpoints of a run that neither its policy nor a branch keeps.
+
+    Call it when the newest is sealed and pointed at.
 
     Args:
         run_dir: the run directory.
@@ -70,7 +73,7 @@ def prune(run_dir: Path, policy: Policy) -> list[str]:
     Raises:
         CheckpointError: `latest` names no sealed checkpoint; nothing is removed.
     """
-    needed = {latest_checkpoint(run_dir).name}
+    needed = {latest_checkpoint(run_dir).name} | pinned_checkpoints(run_dir)
     paths = {path.name: path for path in sealed_checkpoints(run_dir)}
     saved = [Saved(name, _tokens(path) if policy.keep_every else None) for name, path in paths.items()]
     names = removable(saved, policy, needed)

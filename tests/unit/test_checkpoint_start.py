@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.seal import seal_digest
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -200,6 +201,10 @@ def test_a_branch_writes_its_lineage_before_it_trains(config, tmp_path):
     assert written["parent"] == str(config.out)
     assert written["seal"] == seal_digest(config.out / "checkpoints" / "step_00000008")
     assert pinned_checkpoints(config.out) == {"step_00000008"}
+    for step in (16, 24, 32):
+        save(config, step)
+        assert prune(config.out, Policy(keep=1)) == ([] if step == 16 else [store.step_name(step - 8)])
+    assert (config.out / "checkpoints" / "step_00000008").is_dir()
 
 
 def test_a_branch_keeps_the_rate_it_took_from_its_parent(config, tmp_path):
