@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_octo.config.check_precision import check_precision
 from megatron_octo.config.layout import ParallelConfig, RecomputeConfig
 from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
 from megatron_octo.config.run import RunConfig
@@ -25,6 +26,7 @@ def check_run(run: RunConfig) -> None:
     _check_recompute(run.model, run.parallel, run.recompute)
     _check_batch(run)
     _check_lengths(run)
+    check_precision(run)
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -23,7 +23,7 @@ class SentinelConfig(Strict):
     sigma: float = Field(default=6.0, gt=0, description="standard deviations of the envelope that are normal")
     patience: int = Field(default=3, gt=0)
     action: Literal["warn", "layer", "run"] = Field(
-        default="layer", description="move nothing, the layer, or the run back to BF16; a bad loss moves the run"
+        default="layer", description="move nothing, the one layer that explains it (else the run), or the run to BF16"
     )
 
 
@@ -37,9 +37,9 @@ class Fp8Config(Strict):
     margin: int = Field(default=0, ge=0, description="delayed only: scales are lowered by 2 to this power")
     amax_history: int = Field(default=1024, gt=0, description="delayed only: steps of maxima that are kept")
     amax: Literal["max", "most_recent"] = Field(default="max", description="delayed only: which of them counts")
-    wgrad: bool = Field(default=True, description="weight gradients in FP8 too")
-    bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in BF16")
-    bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in BF16")
+    wgrad: bool = Field(default=True, description="weight gradients in FP8 too; TransformerEngine 2 knows no other way")
+    bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in BF16; not delayed")
+    bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in BF16; not delayed")
     parameters: bool = Field(default=False, description="weights are kept, and gathered, in FP8")
-    attention: bool = Field(default=False, description="attention in FP8 too")
+    attention: bool = Field(default=False, description="attention in FP8 too; not blockwise")
     sentinel: SentinelConfig | None = None

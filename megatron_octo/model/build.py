@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_octo.config.layout import NO_RECOMPUTE, ParallelConfig, RecomputeConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.model.initialise import initialise
-from megatron_octo.model.translate import have_transformer_engine, padded_vocabulary, transformer_config
+from megatron_octo.model.translate import LOCAL, Kernels, padded_vocabulary, transformer_config
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -25,6 +25,7 @@ def build_gpt(
     vp_stage: int | None = None,
     seed: int | None = 0,
     recompute: RecomputeConfig = NO_RECOMPUTE,
+    kernels: Kernels = LOCAL,
 ) -> GPTModel:
     """Build one pipeline chunk with initial weights that do not depend on the layout.
 
@@ -40,6 +41,7 @@ def build_gpt(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
         seed: of the initial weights; None leaves them zero, for a caller that loads all of them.
         recompute: which activations are computed again in the backward pass.
+        kernels: whose layers, and FP8.
 
     Returns:
         A GPTModel that takes (tokens [b, s], positions [b, s], None, labels=[b, s]) and gives the
@@ -47,7 +49,7 @@ def build_gpt(
     """
     from megatron.core.models.gpt import GPTModel
 
-    config = transformer_config(model, parallel, dtype, recompute)
+    config = transformer_config(model, parallel, dtype, recompute, kernels)
     chunk = GPTModel(
         config,
         _block_spec(config, vp_stage),
@@ -76,6 +78,7 @@ def build_chunks(
     dtype: str,
     seed: int | None = 0,
     recompute: RecomputeConfig = NO_RECOMPUTE,
+    kernels: Kernels = LOCAL,
 ) -> list[GPTModel]:
     """Build every chunk of this rank: one, or `virtual_pipeline` of them.
 
@@ -95,6 +98,7 @@ def build_chunks(
             vp_stage=stage,
             seed=seed,
             recompute=recompute,
+            kernels=kernels,
         )
 
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
@@ -102,7 +106,7 @@ def build_chunks(
 
 
 def _block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    if have_transformer_engine():
+    if config.transformer_impl == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)

@@ -101,3 +101,7 @@ def _draw(weight: torch.Tensor, name: str, model: ModelConfig, seed: int, place:
     parts = whole.chunk(drawing.parts, dim=drawing.dim)
     share = torch.cat([part.chunk(size, dim=drawing.dim)[rank] for part in parts], dim=drawing.dim)
     weight.copy_(share)
+    if hasattr(weight, "_high_precision_init_val"):
+        # A weight kept in FP8. The optimizer takes its fp32 master from what TransformerEngine remembered of the
+        # weight before it was rounded, and at that moment it was not drawn yet.
+        weight._high_precision_init_val = share.to(weight.dtype).cpu()

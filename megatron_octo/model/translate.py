@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_octo.config.layout import NO_RECOMPUTE, ParallelConfig, RecomputeConfig
 from megatron_octo.config.model import VOCABULARY_MULTIPLE, ModelConfig
+from megatron_octo.config.precision import Fp8Config
 from megatron_octo.config.run import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -13,6 +14,26 @@ if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.transformer import TransformerConfig
+
+
+class Kernels(NamedTuple):
+    """Whose layers compute, and what of them in FP8.
+
+    Args:
+        layers: our local ones, or TransformerEngine's fused ones (on a GPU; `runtime.accelerator` knows whether).
+        fp8: the recipe, with TransformerEngine's layers only.
+    """
+
+    layers: Literal["local", "transformer_engine"] = "local"
+    fp8: Fp8Config | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether TransformerEngine's layers and fused operations are used."""
+        return self.layers == "transformer_engine"
+
+
+LOCAL = Kernels()
 
 
 def padded_vocabulary(vocabulary: int) -> int:
@@ -31,17 +52,12 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
 
 
-def have_transformer_engine() -> bool:
-    """Whether the fused GPU layers can be used: a CUDA device and TransformerEngine."""
-    import importlib.util
-
-    import torch
-
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, dtype: str, recompute: RecomputeConfig = NO_RECOMPUTE
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    recompute: RecomputeConfig = NO_RECOMPUTE,
+    kernels: Kernels = LOCAL,
 ) -> TransformerConfig:
     """Translate a model and its layout.
 
@@ -53,6 +69,7 @@ def transformer_config(
         parallel: how it is split.
         dtype: "fp32" or "bf16", the type of parameters and activations.
         recompute: which activations are computed again in the backward pass.
+        kernels: whose layers, and FP8.
 
     Returns:
         megatron-core's configuration. The trainer adds the functions that belong to a wrapped model (train.setup).
@@ -60,21 +77,21 @@ def transformer_config(
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    fused = have_transformer_engine()
     return TransformerConfig(
         **_architecture(model),
         **_layout(parallel),
         **_recompute(recompute),
+        **_fp8(kernels.fp8),
         params_dtype=torch_dtype(dtype),
         pipeline_dtype=torch_dtype(dtype),
         bf16=dtype == "bf16",
         use_cpu_initialization=not torch.cuda.is_available(),
-        transformer_impl="transformer_engine" if fused else "local",
+        transformer_impl=kernels.layers,
         calculate_per_token_loss=True,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
-        cross_entropy_loss_fusion=fused,
+        bias_activation_fusion=kernels.fused,
+        bias_dropout_fusion=kernels.fused,
+        apply_rope_fusion=kernels.fused,
+        cross_entropy_loss_fusion=kernels.fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -121,6 +138,7 @@ def _layout(parallel: ParallelConfig) -> dict:
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
+        "tp_comm_overlap": parallel.tp_comm_overlap,
         # Sent activations are freed early on CUDA, whose streams keep the order. gloo may still be sending
         # them: with a virtual pipeline the receiver got garbage and losses were off by 6e-2, without an error.
         "deallocate_pipeline_outputs": torch.cuda.is_available(),
@@ -144,7 +162,26 @@ def _recompute(recompute: RecomputeConfig) -> dict:
     }
 
 
-def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
+def _fp8(fp8: Fp8Config | None) -> dict:
+    """FP8 as megatron-core's layers read it; what it would leave unread is refused in `config.check_precision`."""
+    if fp8 is None:
+        return {}
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": fp8.amax,
+        "fp8_wgrad": fp8.wgrad,
+        "fp8_param": fp8.parameters,
+        "fp8_dot_product_attention": fp8.attention,
+        "first_last_layers_bf16": fp8.bf16_first_layers + fp8.bf16_last_layers > 0,
+        "num_layers_at_start_in_bf16": fp8.bf16_first_layers,
+        "num_layers_at_end_in_bf16": fp8.bf16_last_layers,
+    }
+
+
+def ddp_config(parallel: ParallelConfig, fp8: Fp8Config | None = None) -> DistributedDataParallelConfig:
     """Translate what gradients need: reduced in fp32, sharded with the distributed optimizer, overlapped or not.
 
     With a virtual pipeline all stages gather weights at the same moments (`train.setup` gives the schedule the
@@ -160,11 +197,16 @@ def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
         align_param_gather=parallel.overlap_param_gather and parallel.virtual_pipeline is not None,
         check_for_nan_in_grad=True,
         average_in_collective=False,
+        fp8_param_gather=fp8 is not None and fp8.parameters,
     )
 
 
 def optimizer_config(
-    optimizer: OptimizerConfig, learning_rate: float, dtype: str, parallel: ParallelConfig
+    optimizer: OptimizerConfig,
+    learning_rate: float,
+    dtype: str,
+    parallel: ParallelConfig,
+    fp8: Fp8Config | None = None,
 ) -> MegatronOptimizerConfig:
     """Translate AdamW.
 
@@ -173,6 +215,7 @@ def optimizer_config(
         learning_rate: the rate the optimizer starts with; the schedule sets it every step.
         dtype: "fp32" or "bf16"; with bf16 the main parameters and moments are kept in fp32.
         parallel: the layout, for the distributed optimizer.
+        fp8: its recipe, by which the distributed optimizer keeps and casts weights.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
@@ -189,4 +232,5 @@ def optimizer_config(
         params_dtype=torch_dtype(dtype),
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=None if fp8 is None else fp8.recipe,
     )

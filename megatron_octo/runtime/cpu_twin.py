@@ -3,46 +3,29 @@
 Every change is a row of the tables below with its reason. A patched call raises on a CPU-only torch
 without its patch, so a program that already runs is not altered. The exceptions, each stated in its
 row: seeding (a silent no-op before), `Tensor.type()` (answered differently to megatron-core's optimizer
-only) and the distributed optimizer with torch's AdamW, whose saving and resuming is broken or silently wrong.
+only) and what torch's AdamW needs in the distributed optimizer (`runtime.adam`), whose saving and resuming is broken
+or silently wrong without it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import pkgutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_octo.runtime.adam import RESUME
+from megatron_octo.runtime.patches import Patch, apply
 from megatron_octo.runtime.quick_import import import_megatron
 
 _CPU = torch.device("cpu")
 _OPTIMIZER = "megatron.core.optimizer"
 _RANDOM = "megatron.core.tensor_parallel.random"
-_DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One replaced attribute.
-
-    Args:
-        target: module or class that holds it, as `package.module` or `package.module:Class`.
-        name: the attribute.
-        replace: from the original attribute to its replacement.
-        reason: what goes wrong without it, and which megatron-core call needs it.
-    """
-
-    target: str
-    name: str
-    replace: Callable[[Any], Any]
-    reason: str
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -91,59 +74,6 @@ def _set_state(_: Any) -> Callable[..., None]:
 
 def _seed(_: Any) -> Callable[..., Any]:
     return lambda seed: torch.default_generator.manual_seed(int(seed))
-
-
-def _primed(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give AdamW the state of step 0 before a state dictionary is built from it."""
-
-    @functools.wraps(original)
-    def sharded_state_dict(self: Any, *arguments: Any, **options: Any) -> Any:
-        for parameter, state in _adamw_states(self):
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(parameter.data)
-                state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-        return original(self, *arguments, **options)
-
-    return sharded_state_dict
-
-
-def _with_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Fill in the 'step' that the fully reshardable loader leaves out; it is restored separately."""
-
-    @functools.wraps(original)
-    def set_states(self: Any, model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> Any:
-        if "step" not in tensors:
-            group, order = self.model_param_group_index_map[model_parameter]
-            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-            if "step" in state:
-                tensors = {**tensors, "step": state["step"]}
-        return original(self, model_parameter, tensors)
-
-    return set_states
-
-
-def _own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
-    """After loading, give each parameter its own step counter instead of one shared tensor."""
-
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> Any:
-        answer = original(self, state_dict)
-        for _, state in _adamw_states(self):
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].detach().clone()
-        return answer
-
-    return load_state_dict
-
-
-def _adamw_states(optimizer: Any) -> list[tuple[torch.nn.Parameter, dict[str, Any]]]:
-    """List (parameter, state) of the torch optimizer inside a distributed one; empty for any other kind."""
-    inner = optimizer.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        return []
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    return [(parameter, inner.state[parameter]) for parameter in parameters]
 
 
 _DEVICE = (
@@ -199,29 +129,7 @@ _RNG = (
     ),
 )
 
-_RESUME = (
-    Patch(
-        _DISTRIBUTED_OPTIMIZER,
-        "sharded_state_dict",
-        _primed,
-        "before the first step torch's AdamW has no state: `assert len(steps) == 1` in DistributedOptimizer.state_dict",
-    ),
-    Patch(
-        _DISTRIBUTED_OPTIMIZER,
-        "_set_main_param_and_optimizer_states",
-        _with_step,
-        "KeyError 'step' in the fully_reshardable loader, which hands over the moments only",
-    ),
-    Patch(
-        _DISTRIBUTED_OPTIMIZER,
-        "load_state_dict",
-        _own_steps,
-        "no error but wrong: all parameters share one step tensor, which AdamW then advances once per parameter "
-        "(losses after resume were off by 3e-3)",
-    ),
-)
-
-PATCHES: tuple[Patch, ...] = _DEVICE + _RNG + _RESUME
+PATCHES: tuple[Patch, ...] = _DEVICE + _RNG + RESUME
 """Everything `install` changes."""
 
 _EXPECTED_WARNINGS = (
@@ -231,8 +139,6 @@ _EXPECTED_WARNINGS = (
     r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
 )
 """What megatron-core says on every CPU machine and nobody can act on."""
-
-_installed: list[Patch] = []
 
 
 def install() -> bool:
@@ -246,21 +152,22 @@ def install() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    if not _installed:
-        # torch lists its tensor factories when `torch.device(...)` is first used as a context, and keeps the list. It
-        # must list the originals: wrappers hide them, the context no longer reaches them, and transformers, which
-        # builds models on "meta", loads them with uninitialised RoPE frequencies and no error.
-        _device_constructors()
-        for message in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
-        import_megatron()
-        for patch in PATCHES:
-            holder = pkgutil.resolve_name(patch.target)
-            setattr(holder, patch.name, patch.replace(getattr(holder, patch.name)))
-            _installed.append(patch)
-        # The tracker's context sees the CPU generator move, which is what standing in for CUDA's means.
-        logging.getLogger(_RANDOM).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    _install()
     return True
+
+
+@functools.cache
+def _install() -> None:
+    # torch lists its tensor factories when `torch.device(...)` is first used as a context, and keeps the list. It
+    # must list the originals: wrappers hide them, the context no longer reaches them, and transformers, which
+    # builds models on "meta", loads them with uninitialised RoPE frequencies and no error.
+    _device_constructors()
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    import_megatron()
+    apply(PATCHES)
+    # The tracker's context sees the CPU generator move, which is what standing in for CUDA's means.
+    logging.getLogger(_RANDOM).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def describe() -> str:

@@ -82,10 +82,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10)
 
     Raises:
         ConfigError: the world has another size than the layout needs.
-        EnvironmentProblem: the processes cannot meet (port in use, address unknown, time out), or a GPU
-            is there without TransformerEngine.
+        EnvironmentProblem: the processes cannot meet (port in use, address unknown, time out).
     """
-    _check_optimizer()
     return _enter(parallel, seed, timeout_minutes)
 
 
@@ -107,21 +105,6 @@ def shutdown(keep_world: bool = False) -> None:
     parallel_state.destroy_model_parallel()
     if not keep_world and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _check_optimizer() -> None:
-    import importlib.util
-
-    import torch
-
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is None:
-        # megatron-core would fall back to torch's AdamW, whose resume is silently wrong: the CPU twin mends
-        # that (see its table), but leaves a machine with CUDA alone.
-        raise EnvironmentProblem(
-            "a CUDA device is present but TransformerEngine is not installed",
-            "training on GPUs needs its layers and its optimizer",
-            "pip install 'transformer-engine[pytorch]==2.11.0', or hide the GPUs: CUDA_VISIBLE_DEVICES=''",
-        )
 
 
 def _enter(parallel: ParallelConfig, seed: int, timeout_minutes: float) -> Runtime:

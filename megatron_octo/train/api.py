@@ -14,6 +14,7 @@ from megatron_octo.config.recipes import find_recipe
 from megatron_octo.config.run import RunConfig
 from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
+from megatron_octo.runtime.accelerator import asks_for_accelerator, check, look
 from megatron_octo.train.start import last_step, plan_start
 
 
@@ -33,7 +34,8 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def train_run(path: Path, overrides: list[str] | None = None, until: int | None = None) -> None:
-    """Train a run, or go on with it, on this machine; needs no torch in this process. A finished one is left alone.
+    """Train a run, or go on with it, on this machine; needs no torch in this process (unless
+    the run asks for what only some machines have). A finished one is left alone.
 
     Args:
         path: run file.
@@ -44,9 +46,12 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
         ConfigError: the run is wrong, or differs from what trained in its directory before.
         CheckpointError: what it starts from is not there.
         DataError: a source is missing, damaged or too short, or holds tokens the model has no row for.
+        EnvironmentProblem: it asks for layers, precision or an optimizer this machine does not have.
         StageFailed: a rank failed; its exit code is kept.
     """
     run = load_run(path, overrides)
+    if asks_for_accelerator(run):
+        check(run, look(load=False))
     start, last = plan_start(run), last_step(run, until)
     if start.step >= last:
         return

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,7 +22,8 @@ from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.reader import build_train_dataset
 from megatron_octo.model.build import build_chunks
-from megatron_octo.model.translate import ddp_config, optimizer_config
+from megatron_octo.model.translate import Kernels, ddp_config, optimizer_config
+from megatron_octo.runtime import accelerator, adam, tp_overlap
 from megatron_octo.runtime.groups import Runtime
 from megatron_octo.train.data import Batches
 from megatron_octo.train.needs import repeats
@@ -54,6 +56,7 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
         CheckpointError: what it starts from is missing, unsealed, damaged or of another shape.
         DataError: a dataset of the mixture is missing or damaged.
     """
+    kernels = choose_kernels(run)
     start = on_rank_zero(lambda: open_run(run))
     run = start.run
     dataset = open_dataset(run, runtime, start.first_window)
@@ -61,7 +64,8 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
         print(note, flush=True)  # into the log of the run
     batches = Batches(run, runtime, dataset, start.first_window)
     seed = None if start.checkpoint else run.seed
-    chunks = wrap(run, build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute))
+    models = build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute, kernels)
+    chunks = wrap(run, models)
     optimizer = build_optimizer(run, chunks)
     state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, start.memory)
     if start.checkpoint is not None:
@@ -69,6 +73,23 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     gc.collect()
     gc.freeze()  # what exists now stays; the collector need not walk it during steps
     return Engine(runtime, batches, get_forward_backward_func()), state
+
+
+def choose_kernels(run: RunConfig) -> Kernels:
+    """Whose layers and optimizer this machine has for a run; the optimizer is made megatron-core's.
+
+    Raises:
+        EnvironmentProblem: the run asks for what is not here.
+    """
+    machine = accelerator.look()
+    layers = accelerator.choose_layers(run, machine)
+    adam.use(accelerator.choose_optimizer(run, machine))
+    if dist.get_rank() == 0:
+        for line in accelerator.notes(run, machine):
+            print(line, flush=True)
+    if run.parallel.tp_comm_overlap:
+        tp_overlap.start(run)
+    return Kernels(layers, run.fp8)
 
 
 def wrap(run: RunConfig, models: list[Any], bucket: int | None = None) -> list[torch.nn.Module]:
@@ -81,7 +102,8 @@ def wrap(run: RunConfig, models: list[Any], bucket: int | None = None) -> list[t
             models (40M and more), of which a tiny one fills not even the first.
     """
     # A bad gradient is found after the step, on every rank at once and with a message (train.step).
-    reduction = dataclasses.replace(ddp_config(run.parallel), check_for_nan_in_grad=False, bucket_size=bucket)
+    reduction = ddp_config(run.parallel, run.fp8)
+    reduction = dataclasses.replace(reduction, check_for_nan_in_grad=False, bucket_size=bucket)
     chunks = []
     for index, model in enumerate(models):
         config = model.config
@@ -112,11 +134,12 @@ def _let_overlap(parallel: ParallelConfig, chunks: list[Any]) -> None:
 
 def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> Any:
     """Build Megatron's AdamW over model chunks and let their schedule use it."""
-    config = optimizer_config(run.optimizer, run.schedule.learning_rate, run.dtype, run.parallel)
+    config = optimizer_config(run.optimizer, run.schedule.learning_rate, run.dtype, run.parallel, run.fp8)
     optimizer = get_megatron_optimizer(config, chunks)
-    if _device().type == "cpu":  # one pass over the weights where torch's AdamW would make a dozen
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    for one in optimizer.chained_optimizers:
+        if isinstance(one.optimizer, torch.optim.AdamW):  # one pass over the weights where it would make a dozen
+            for group in one.optimizer.param_groups:
+                group["fused"] = True
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
