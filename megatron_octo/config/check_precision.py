@@ -35,18 +35,6 @@ def _check_overlap(run: RunConfig) -> None:
     if not run.parallel.tp_comm_overlap:
         return
     asked = "parallel.tp_comm_overlap is set"
-    if not run.parallel.sequence:
-        raise ConfigError(
-            f"{asked} without parallel.sequence",
-            "what is overlapped are the gathers and scatters of sequence parallelism",
-            "set parallel.sequence, or remove tp_comm_overlap",
-        )
-    if run.transformer_impl == "local":
-        raise ConfigError(
-            f"{asked} and transformer_impl is local",
-            "the overlap is part of TransformerEngine's layers",
-            "set transformer_impl to transformer_engine",
-        )
     if run.fp8 is not None and run.fp8.recipe == "blockwise":
         raise ConfigError(
             f"{asked} and fp8.recipe is blockwise",
@@ -147,5 +135,5 @@ def _sizes(run: RunConfig, activations: int) -> Iterator[tuple[str, int, int]]:
     yield "model.ffn / parallel.tensor", model.ffn // parallel.tensor, _MULTIPLE
     heads = model.dim * model.heads // parallel.tensor
     yield "attention width (heads x head_dim / parallel.tensor)", heads, _MULTIPLE
-    groups = 2 * model.dim * model.kv_groups // parallel.tensor
+    groups = 2 * model.dim * max(model.kv_groups // parallel.tensor, 1)
     yield "query, key and value width / parallel.tensor", heads + groups, _MULTIPLE

@@ -45,15 +45,15 @@ class Batches:
         """Micro-batches of this rank in one step."""
         return self._share // self._micro
 
-    def of_step(self, step: int) -> list[Batch]:
-        """The micro-batches of a step (counted from 0), each with [b, s] tensors.
+    def of_step(self, step: int, limit: int | None = None) -> list[Batch]:
+        """The micro-batches of a step (counted from 0), or the first `limit` of them, each with [b, s] tensors.
 
         Stages that neither embed nor compute losses get empty ones.
         """
         if not self._reads:
-            return [_NOTHING] * self.count
+            return [_NOTHING] * len(range(self.count)[:limit])
         first = step * self._global + self._first
-        starts = range(first, first + self._share, self._micro)
+        starts = range(first, first + self._share, self._micro)[:limit]
         return [self._collate(range(start, start + self._micro)) for start in starts]
 
     def _collate(self, windows: range) -> Batch:

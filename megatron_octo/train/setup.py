@@ -67,7 +67,7 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     models = build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute, kernels)
     chunks = wrap(run, models)
     optimizer = build_optimizer(run, chunks)
-    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, start.memory)
+    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, dict(start.memory))
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
     gc.collect()

@@ -1,0 +1,138 @@
+"""Ranks of the sentinel's tests: real trainings in BF16 whose layers' inputs are rounded as FP8 would round them.
+
+`python -m sentinel_worker single|four RUN.yaml OUT`; rank 0 writes OUT.0.json.
+
+The rounding stands in for TransformerEngine's, which needs a GPU: e4m3 with a scale from past maxima (the delayed
+recipe, the one with something to remember), in the forward pass, gradients straight through. A planted fault rounds one
+layer's inputs with a scale far too large, so that they saturate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from tiny_run import FOUR_WAY, STEP_TOKENS
+
+import megatron_octo.train.loop as loop
+from megatron_octo.config.precision import SentinelConfig
+from megatron_octo.model.precision import Precision
+from megatron_octo.runtime import groups
+from megatron_octo.train.api import load_run
+from megatron_octo.train.hooks.default import default_hooks
+from megatron_octo.train.hooks.sentinel import Sentinel
+
+LARGEST, BAD_SCALE = 448.0, 3e4
+LAYERS = ("dtype=bf16", "model.layers=4")
+NORMAL = {"every": 2, "warmup": 2, "patience": 2, "loss_tolerance": 0.02, "grad_tolerance": 0.5}
+
+
+class Rounding:
+    """What TransformerEngine's modules do around a matrix product, in torch: rounds its input, unless switched off."""
+
+    def __init__(self, bad: tuple[int, ...]) -> None:
+        self.on, self.bad, self.off_calls = True, bad, 0
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.on, before = False, self.on
+        self.off_calls += 1
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def install(self, models: list[torch.nn.Module]) -> None:
+        for layer in (layer for model in models for layer in model.decoder.layers):
+            number = layer.layer_number - 1
+            for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+                linear.fp8_meta = {"scaling_fwd": SimpleNamespace(scale=torch.ones(1), amax_history=torch.zeros(4))}
+                linear.register_forward_pre_hook(partial(self._round, number=number))
+
+    def _round(self, linear: Any, inputs: tuple, number: int) -> tuple:
+        if not self.on:
+            return inputs
+        (value, *rest), state = inputs, linear.fp8_meta["scaling_fwd"]
+        scale = BAD_SCALE if number in self.bad else float(state.scale)
+        rounded = (value.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() / scale
+        state.amax_history.copy_(torch.roll(state.amax_history, 1))
+        state.amax_history[0] = value.detach().abs().max().float()
+        state.scale.fill_(LARGEST / max(float(state.amax_history.max()), 1e-6))
+        return value + (rounded.to(value.dtype) - value).detach(), *rest
+
+
+class Trainer:
+    """Trains beside the run file and notes what became of the weights and what the sentinel decided."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.notes = path, {}
+
+    def train(self, name: str, *overrides: str, bad: tuple[int, ...] = (), sentinel: dict | None = None, **how) -> None:
+        rounding, until = Rounding(bad), how.get("until", 12 * STEP_TOKENS)
+
+        def hooks(engine: Any, state: Any, last: int) -> Any:
+            rounding.install(state.models)
+            made = default_hooks(engine, state, last)
+            if sentinel is not None:
+                config = SentinelConfig(**{**NORMAL, **sentinel})
+                made._hooks.insert(0, Sentinel(engine, Precision(state.models, rounding.off), config))
+            return made
+
+        run = load_run(self.path, [f"out={self.path.parent / name}", *LAYERS, *overrides])
+        with (
+            mock.patch.object(groups, "shutdown", partial(groups.shutdown, keep_world=True)),
+            mock.patch.object(loop, "default_hooks", hooks),
+        ):
+            state = loop.train(run, until)
+        weights = [weight.detach().float().numpy().tobytes() for model in state.models for weight in model.parameters()]
+        self.notes[how.get("note", name)] = {
+            "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
+            "memory": state.memory.get("sentinel"),
+            "off_calls": rounding.off_calls,
+        }
+
+
+def single(trainer: Trainer) -> None:
+    trainer.train("plain")
+    trainer.train("watched", sentinel={"action": "warn"})
+    trainer.train("bad", bad=(2,), sentinel={})
+    trainer.train("bad-unwatched", bad=(2,))
+    trainer.train("bad-warned", bad=(2,), sentinel={"action": "warn"})
+    trainer.train("bad-all", bad=(0, 1, 2, 3), sentinel={})
+    trainer.train("halted", bad=(2,), sentinel={}, until=8 * STEP_TOKENS, note="halted first")
+    trainer.train("halted", bad=(2,), sentinel={})
+
+
+LAYOUTS = {
+    "cut": FOUR_WAY,
+    "interleaved": ["parallel={tensor: 2, pipeline: 2, virtual_pipeline: 2}"],
+    "overlapped": ["parallel={tensor: 2, data: 2, overlap_grad_reduce: true, overlap_param_gather: true}"],
+}
+
+
+def four(trainer: Trainer) -> None:
+    for name, layout in LAYOUTS.items():
+        trainer.train(f"{name}-plain", *layout, until=6 * STEP_TOKENS)
+        trainer.train(f"{name}-watched", *layout, sentinel={"action": "warn"}, until=6 * STEP_TOKENS)
+        trainer.train(f"{name}-bad", *layout, bad=(2,), sentinel={}, until=8 * STEP_TOKENS)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    worker = Trainer(Path(sys.argv[2]))
+    {"single": single, "four": four}[sys.argv[1]](worker)
+    rank = os.environ.get("RANK", "0")
+    Path(sys.argv[3]).with_suffix(f".{rank}.json").write_text(json.dumps(worker.notes))
+    dist.destroy_process_group()
