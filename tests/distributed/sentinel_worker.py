@@ -28,8 +28,10 @@ from tiny_run import FOUR_WAY, STEP_TOKENS
 
 import megatron_octo.train.loop as loop
 from megatron_octo.config.precision import SentinelConfig
+from megatron_octo.model.build import build_chunks
 from megatron_octo.model.precision import Precision
 from megatron_octo.runtime import groups
+from megatron_octo.train import setup
 from megatron_octo.train.api import load_run
 from megatron_octo.train.hooks.default import default_hooks
 from megatron_octo.train.hooks.sentinel import Sentinel
@@ -58,8 +60,11 @@ class Rounding:
         for layer in (layer for model in models for layer in model.decoder.layers):
             number = layer.layer_number - 1
             for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
-                linear.fp8_meta = {"scaling_fwd": SimpleNamespace(scale=torch.ones(1), amax_history=torch.zeros(4))}
+                state = SimpleNamespace(scale=torch.ones(1), amax_history=torch.zeros(4))
+                linear.fp8_meta = {"scaling_fwd": state}
                 linear.register_forward_pre_hook(partial(self._round, number=number))
+                linear.get_extra_state = partial(_saved, state)
+                linear.set_extra_state = partial(_restored, state)
 
     def _round(self, linear: Any, inputs: tuple, number: int) -> tuple:
         if not self.on:
@@ -73,6 +78,16 @@ class Rounding:
         return value + (rounded.to(value.dtype) - value).detach(), *rest
 
 
+def _saved(state: Any) -> torch.Tensor:
+    """What a checkpoint holds of a recipe's memory, as TransformerEngine's extra state does."""
+    return torch.cat([state.scale, state.amax_history])
+
+
+def _restored(state: Any, saved: torch.Tensor) -> None:
+    state.scale.copy_(saved[:1])
+    state.amax_history.copy_(saved[1:])
+
+
 class Trainer:
     """Trains beside the run file and notes what became of the weights and what the sentinel decided."""
 
@@ -82,8 +97,12 @@ class Trainer:
     def train(self, name: str, *overrides: str, bad: tuple[int, ...] = (), sentinel: dict | None = None, **how) -> None:
         rounding, until = Rounding(bad), how.get("until", 12 * STEP_TOKENS)
 
+        def build(*arguments: Any, **options: Any) -> Any:
+            models = build_chunks(*arguments, **options)
+            rounding.install(models)
+            return models
+
         def hooks(engine: Any, state: Any, last: int) -> Any:
-            rounding.install(state.models)
             made = default_hooks(engine, state, last)
             if sentinel is not None:
                 config = SentinelConfig(**{**NORMAL, **sentinel})
@@ -94,6 +113,7 @@ class Trainer:
         with (
             mock.patch.object(groups, "shutdown", partial(groups.shutdown, keep_world=True)),
             mock.patch.object(loop, "default_hooks", hooks),
+            mock.patch.object(setup, "build_chunks", build),
         ):
             state = loop.train(run, until)
         weights = [weight.detach().float().numpy().tobytes() for model in state.models for weight in model.parameters()]
@@ -124,9 +144,9 @@ LAYOUTS = {
 
 def four(trainer: Trainer) -> None:
     for name, layout in LAYOUTS.items():
-        trainer.train(f"{name}-plain", *layout, until=6 * STEP_TOKENS)
-        trainer.train(f"{name}-watched", *layout, sentinel={"action": "warn"}, until=6 * STEP_TOKENS)
-        trainer.train(f"{name}-bad", *layout, bad=(2,), sentinel={}, until=8 * STEP_TOKENS)
+        trainer.train(f"{name}-plain", *layout, until=4 * STEP_TOKENS)
+        trainer.train(f"{name}-watched", *layout, sentinel={"action": "warn"}, until=4 * STEP_TOKENS)
+        trainer.train(f"{name}-bad", *layout, bad=(2,), sentinel={}, until=4 * STEP_TOKENS)
 
 
 if __name__ == "__main__":
