@@ -146,3 +146,34 @@ def test_overlap_buffers_hold_a_whole_micro_batch_in_each_precision_that_is_met(
         ({"sentinel": {}}, ["FP8", "NONE"]),
     ):
         assert buffers(run(parallel=parallel, batch=batch, fp8=fp8))["modes"] == modes
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("fp8={}", "octo: error: fp8 cannot run on this machine; TransformerEngine needs an NVIDIA GPU"),
+        ("optimizer.implementation=apex", "octo: error: optimizer.implementation: apex cannot run on this machine"),
+        ("transformer_impl=transformer_engine", "octo: error: transformer_impl: transformer_engine cannot run"),
+    ],
+)
+def test_the_command_refuses_in_one_line_before_it_starts_or_writes_anything(
+    tmp_path, monkeypatch, capsys, asked, words
+):
+    import torch
+    import yaml
+
+    from megatron_octo.cli import root
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: what is refused here may run there")
+    out = tmp_path / "out"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "fp8": None, "out": str(out)}))
+    monkeypatch.setattr(sys, "argv", ["octo", "train", str(tmp_path / "run.yaml"), asked])
+    with pytest.raises(SystemExit) as ended:
+        root.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 6
+    assert said.startswith(words)
+    assert said.count("\n") == 1
+    assert "; fix: " in said
+    assert not out.exists()
