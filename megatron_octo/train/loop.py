@@ -13,7 +13,9 @@ from megatron_octo.runtime import groups, quick_import
 quick_import.import_megatron()  # before the modules below import it
 
 # ruff: noqa: E402
+from megatron_octo.train.facts import Verdict
 from megatron_octo.train.hooks.default import default_hooks
+from megatron_octo.train.rewind import rewind
 from megatron_octo.train.setup import set_up
 from megatron_octo.train.start import last_step, only_trainer
 from megatron_octo.train.state import TrainState
@@ -42,6 +44,9 @@ def train(run: RunConfig, until: int | None = None) -> TrainState:
         with default_hooks(engine, state, last) as hooks:
             while state.step < last:
                 facts = train_step(engine, state, hooks)
+                if facts.verdict is Verdict.REWIND:
+                    rewind(state, hooks)
+                    continue
                 hooks.after_step(state, facts)
                 if facts.stop:
                     break

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_octo.config.run import RunConfig
+from megatron_octo.train.facts import StepFacts, Verdict
 from megatron_octo.train.start import METRICS
 from megatron_octo.train.state import TrainState
-
-if TYPE_CHECKING:
-    from megatron_octo.train.facts import StepFacts
 
 TENSORBOARD = "tensorboard"
 _SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -34,7 +33,7 @@ class Metrics:
         """Write one step: a single append, so that a kill never leaves two halves of different lines."""
         line = metric_line(state, facts)
         os.write(self._file, (json.dumps(line) + "\n").encode())
-        self._board.write(state.step, {name: line[name] for name in _SCALARS})
+        self._board.write(state.step, {name: line[name] for name in _SCALARS if line[name] is not None})
 
     def close(self) -> None:
         """Flush and close."""
@@ -43,19 +42,28 @@ class Metrics:
 
 
 def metric_line(state: TrainState, facts: StepFacts) -> dict[str, Any]:
-    """One step as an object: positions in tokens, loss per token, rates, seconds, layout, Unix time."""
+    """One step as an object: positions in tokens, loss per token, rates, seconds, layout, Unix time.
+
+    A step whose gradients were not used says `skipped` and why. JSON has no NaN: what is not finite is null.
+    """
+    used = {} if facts.verdict is Verdict.UPDATE else {"skipped": True, "why": facts.why}
     return {
         "step": state.step,
         "tokens": state.tokens,
         "run_tokens": state.run_tokens,
-        "loss": facts.loss,
+        "loss": _finite(facts.loss),
         "learning_rate": facts.learning_rate,
-        "grad_norm": facts.grad_norm,
-        "tokens_per_second": round(state.run.tokens_per_step / facts.seconds, 1),
+        "grad_norm": _finite(facts.grad_norm),
+        "tokens_per_second": round(state.run.tokens_per_step / facts.seconds, 1) if facts.seconds else None,
         "seconds": round(facts.seconds, 5),
         "layout": state.run.parallel.label,
         "time": round(time.time(), 3),
+        **used,
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class _Board:

@@ -21,12 +21,14 @@ from megatron_octo.config.load import differences, dump_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
-from megatron_octo.files import hold, is_held, write_json, write_text
+from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
 from megatron_octo.train.change import continued, stored_run
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
+REWINDS = "rewinds.json"
+"""Which batches are passed over, and why: the file, and the name of the same list in a checkpoint's memory."""
 _LOCK_PATIENCE = 3.0  # seconds: a killed predecessor needs a moment to die
 
 
@@ -113,7 +115,8 @@ def open_run(run: RunConfig) -> Start:
     """Make a run directory ready to train in; only rank 0, holding the lock, may call this.
 
     Removes what a killed save left, writes `config.yaml` and a branch's `lineage.json`, tells a parent of its new
-    branch, and cuts lines of `metrics.jsonl` that lie beyond the checkpoint.
+    branch, and cuts lines of `metrics.jsonl` that lie beyond the checkpoint. A rewind that was cut off is completed:
+    its list is in a file.
 
     Raises:
         ConfigError: see `plan_start`.
@@ -127,7 +130,29 @@ def open_run(run: RunConfig) -> Start:
         if start.step == 0:
             _tell_parent(run, start.lineage)
     cut_metrics(run.out / METRICS, start.step)
-    return start
+    if start.step == 0:
+        (run.out / REWINDS).unlink(missing_ok=True)
+    rewinds = known_rewinds(run.out, start.memory)
+    return start._replace(memory=start.memory | ({REWINDS: rewinds} if rewinds else {}))
+
+
+def known_rewinds(run_dir: Path, memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rewind of a run, oldest first: those a checkpoint remembers, and those since.
+
+    Raises:
+        CheckpointError: the file is damaged; what it lists must not be read again unnoticed.
+    """
+    path, remembered = run_dir / REWINDS, memory.get(REWINDS, [])
+    if not path.exists():
+        return remembered
+    found = read_json(path)
+    if not isinstance(found, list):
+        raise CheckpointError(
+            f"{path}: is damaged",
+            "it lists the steps whose batches are passed over since a rewind",
+            f"restore it; or remove it, and only the {len(remembered)} rewinds that the checkpoint remembers count",
+        )
+    return max(found, remembered, key=len)
 
 
 def only_trainer(run_dir: Path) -> IO[str]:

@@ -16,6 +16,7 @@ import torch
 
 from megatron_octo import __version__
 from megatron_octo.config.run import RunConfig
+from megatron_octo.train.facts import Trouble
 
 
 @dataclass
@@ -31,6 +32,7 @@ class TrainState:
         step: optimizer steps taken by this run.
         memory: what hooks remember across restarts, by hook; JSON's types, the same on every rank.
         stop_wanted: this process was asked to stop at the next step boundary.
+        trouble: why the gradients of the step at hand are not used; None as long as they are.
     """
 
     run: RunConfig
@@ -41,6 +43,7 @@ class TrainState:
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
     stop_wanted: bool = False
+    trouble: Trouble | None = None
 
     @property
     def run_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ def train_step(engine: Engine, state: TrainState, hooks: Hooks) -> StepFacts:
     Raises:
         OctoError: a hook refuses to go on; no checkpoint of this step exists.
     """
+    if why := hooks.passes_over(state):
+        return _pass_over(state, why)
     clock = Clock()
-    rate = set_rates(state)
+    rate, state.trouble = set_rates(state), None
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
@@ -38,13 +41,15 @@ def train_step(engine: Engine, state: TrainState, hooks: Hooks) -> StepFacts:
     with clock.phase("gradients"):
         state.optimizer.prepare_grads()
         norm = float(state.optimizer.get_grad_norm())
-        loss, stop = _agree(engine, losses, state.stop_wanted)
+        loss, norm, stop = _agree(engine, losses, norm, state.stop_wanted)
     verdict = hooks.before_update(state, Gradients(loss, norm))
     if verdict is Verdict.UPDATE:
         with clock.phase("update"):
             _update(state.optimizer, state.run.optimizer.clip, norm)
-    state.step += 1
-    return StepFacts(loss, norm, rate, clock.seconds, clock.phases, verdict, stop)
+    if verdict is not Verdict.REWIND:
+        state.step += 1
+    why = state.trouble.why if state.trouble else ""
+    return StepFacts(loss, norm, rate, clock.seconds, clock.phases, verdict, stop, why)
 
 
 def set_rates(state: TrainState) -> float:
@@ -63,6 +68,13 @@ def set_rates(state: TrainState) -> float:
     return rate
 
 
+def _pass_over(state: TrainState, why: str) -> StepFacts:
+    """Count a step whose batches are not read: its tokens are consumed, weights and moments stay."""
+    rate = set_rates(state)
+    state.step += 1
+    return StepFacts(math.nan, math.nan, rate, 0.0, {}, Verdict.SKIP, stop=False, why=why)
+
+
 def _update(optimizer: Any, clip: float, norm: float) -> None:
     """Clip the gradients by their norm and let the optimizer use them: the second half of Megatron's `step`."""
     for one in optimizer.chained_optimizers:
@@ -70,17 +82,19 @@ def _update(optimizer: Any, clip: float, norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
-def _agree(engine: Engine, losses: list[torch.Tensor], stop_wanted: bool) -> tuple[float, bool]:
-    """Mean loss over all ranks' tokens and whether any rank wants to stop, in one small exchange.
+def _agree(engine: Engine, losses: list[torch.Tensor], norm: float, stop_wanted: bool) -> tuple[float, float, bool]:
+    """Mean loss over all ranks' tokens, gradient norm, and whether any rank wants to stop, in one small exchange.
 
-    All ranks learn both, so that a bad loss or a signal ends them at the same step.
+    All ranks learn the same three, bit by bit, so that a bad number or a signal ends them at the same step. The norm is
+    that of rank 0, or NaN where any rank's is not finite: a group of its own may hold the bad gradient.
     """
     runtime = engine.runtime
-    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=runtime.device)
     if losses and runtime.tensor_group.rank() == 0:
         totals[:2] = torch.stack(losses).double().sum(0)
     totals[2] = float(stop_wanted)
+    totals[3] = norm if runtime.rank == 0 else norm - norm
     if runtime.world_size > 1:
         dist.all_reduce(totals)
-    loss, count, stop = totals.tolist()
-    return loss / max(count, 1.0), stop > 0
+    loss, count, stop, norm = totals.tolist()
+    return loss / max(count, 1.0), norm, stop > 0

@@ -19,10 +19,15 @@ class Hook:
     def open(self, state: TrainState) -> None:
         """Before the first step."""
 
+    def passes_over(self, state: TrainState) -> str:
+        """Before a step: why its batches are passed over; empty if they are not. The same on every rank."""
+        return ""
+
     def before_update(self, state: TrainState, gradients: Gradients) -> Verdict:
         """With all gradients there, before the optimizer uses them: whether it shall.
 
-        The worst verdict of all hooks counts; `Gradients` is the same on every rank, so every rank decides alike.
+        The worst verdict of all hooks counts; `Gradients` is the same on every rank, so every rank decides alike. A
+        hook that says anything but UPDATE leaves the reason in `state.trouble`.
         """
         return Verdict.UPDATE
 
@@ -58,6 +63,10 @@ class Hooks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def passes_over(self, state: TrainState) -> str:
+        """The first hook's reason to pass over the coming step."""
+        return next(filter(None, (hook.passes_over(state) for hook in self._hooks)), "")
 
     def before_update(self, state: TrainState, gradients: Gradients) -> Verdict:
         """Ask each hook; the worst verdict counts."""

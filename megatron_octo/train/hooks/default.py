@@ -9,14 +9,16 @@ from megatron_octo.train.hooks.save import SaveCheckpoints
 from megatron_octo.train.hooks.sentinel import Sentinel
 from megatron_octo.train.hooks.stop import StopOnSignal
 from megatron_octo.train.hooks.watch import WatchNumbers
+from megatron_octo.train.hooks.weights import WatchWeights
 from megatron_octo.train.setup import Engine
 from megatron_octo.train.state import TrainState
 
 
 def default_hooks(engine: Engine, state: TrainState, last: int) -> Hooks:
     """The hooks of a training run. Checkpoints come after metrics, so that a save never precedes its own line."""
-    hooks = [WatchNumbers(), WriteMetrics(engine), ShowProgress(engine, last), SaveCheckpoints(), StopOnSignal()]
+    hooks = [WatchWeights(engine), WatchNumbers()]
     if state.run.fp8 is not None and state.run.fp8.sentinel is not None:
         # Before the metrics and the checkpoint of a step, which tell what it decided.
         hooks.insert(0, Sentinel(engine, Precision(state.models, engine_switch), state.run.fp8.sentinel))
-    return Hooks(hooks, state)
+    reports = [WriteMetrics(engine), ShowProgress(engine, last)]
+    return Hooks([*hooks, *reports, SaveCheckpoints(), StopOnSignal()], state)

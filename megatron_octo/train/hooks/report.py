@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_octo.progress import Progress
-from megatron_octo.train.facts import StepFacts
+from megatron_octo.train.facts import StepFacts, Verdict
 from megatron_octo.train.hooks.base import Hook
 from megatron_octo.train.metrics import Metrics
 from megatron_octo.train.setup import Engine
@@ -26,6 +26,12 @@ class WriteMetrics(Hook):
         """Write the step's line."""
         if self._metrics is not None:
             self._metrics.write(state, facts)
+
+    def after_rewind(self, state: TrainState) -> None:
+        """Go on at the checkpoint's step: the lines after it are gone."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = Metrics(state.run, state.step)
 
     def close(self) -> None:
         """Close the files."""
@@ -50,7 +56,14 @@ class ShowProgress(Hook):
         """Advance by one step."""
         if self._bar is not None:
             tokens = state.run.tokens_per_step
-            self._bar.advance(tokens, loss=facts.loss, tokens_per_second=tokens / facts.seconds)
+            used = facts.verdict is Verdict.UPDATE
+            said = {"loss": facts.loss, "tokens_per_second": tokens / facts.seconds} if used else {}
+            self._bar.advance(tokens, **said)
+
+    def after_rewind(self, state: TrainState) -> None:
+        """Move back."""
+        if self._bar is not None:
+            self._bar.advance(state.run_tokens - self._bar.done)
 
     def close(self) -> None:
         """End the bar."""
