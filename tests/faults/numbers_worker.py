@@ -143,6 +143,7 @@ def watched(notes: dict[str, Any], name: str) -> Any:
     plain, kept = loop.train_step, notes.setdefault(f"{name} kept", {})
 
     def train_step(engine: Any, state: Any, hooks: Any) -> Any:
+        state.gather_weights()  # with overlap the forward pass would, which is no change of this step
         before = contents(state)
         facts = plain(engine, state, hooks)
         after = contents(state)
