@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -39,6 +40,9 @@ class Saver:
         optimizer: Megatron's optimizer over them.
         policy: which checkpoints stay.
         timeout_minutes: a rank that waits longer for the others than this gives up.
+
+    Attributes:
+        write_seconds: how long the last save took to be written and sealed; None before the first is.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Saver:
         self._run_dir, self._policy = run_dir, policy
         self._sharder, self._memory = Sharder(chunks, optimizer), HostCopies()
         self._bytes, self._device = state_bytes(chunks), next(chunks[0].parameters()).device
+        self.write_seconds: float | None = None
         self._pending: _Background | None = None
         self._group: Any = None
         if dist.get_world_size() > 1:
@@ -104,10 +109,12 @@ class Saver:
             self._group = None
 
     def _write(self, part: Part, facts: dict[str, Any]) -> None:
+        began = time.monotonic()
         try:
             temporary = on_rank_zero(lambda: self._begin(facts["step"]), self._group)
             digests = write_parts(temporary, part, self._group)
             on_rank_zero(lambda: self._publish(temporary, facts, digests), self._group)
+            self.write_seconds = time.monotonic() - began
         except OSError as error:
             if dist.get_rank() == 0:
                 store.remove_leftovers(self._run_dir)

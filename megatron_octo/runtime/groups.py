@@ -107,6 +107,13 @@ def shutdown(keep_world: bool = False) -> None:
         dist.destroy_process_group()
 
 
+def meeting_place() -> torch.distributed.Store:
+    """The store in which the ranks of this world met, by a client of its own: one serves one thread at a time."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore("octo", dist.distributed_c10d._get_default_store().clone())
+
+
 def _enter(parallel: ParallelConfig, seed: int, timeout_minutes: float) -> Runtime:
     import torch
     import torch.distributed as dist

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from megatron_octo.errors import EnvironmentProblem, OctoError, StageFailed, no_space
+from megatron_octo.runtime.stop import LOST
 
 ERROR_PREFIX = "octo: error:"
 """Start of the one line a rank prints for a mistake of the user."""
 
 _POLL_SECONDS = 0.05
-_STOP_GRACE_SECONDS = 30.0
 _FAILURE_GRACE_SECONDS = 3.0
 _SETTLE_SECONDS = 3.0
 _ROOM_FOR_A_MESSAGE = 64 * 1024  # bytes of free disk below which a rank may fail without a word
@@ -51,10 +51,10 @@ class _Rank:
         return lines[-1].removeprefix(ERROR_PREFIX).strip() if lines else None
 
     def innocence(self) -> tuple[bool, bool, int]:
-        """Sorts failed ranks: one that states its error or was killed comes before one that lost a connection."""
+        """Sorts failed ranks: one that states its error or was killed comes before one that lost another."""
         stated = self.error_line() is not None
         lost = not stated and self.process.returncode > 0 and _COLLATERAL.search(self.text()) is not None
-        return lost, not stated, self.number
+        return lost or self.process.returncode == LOST, not stated, self.number
 
     def signal_all(self, number: int) -> None:
         """Signal the rank and whatever it started; it leads a process group of its own."""
@@ -74,11 +74,13 @@ def launch(
     port: int | None = None,
     environment: dict[str, str] | None = None,
     watch: Callable[[], None] | None = None,
+    grace: float = 30.0,
+    stopped_code: int | None = None,
 ) -> None:
     """Run `python -m MODULE ARGUMENTS` in `nproc` processes that form one world; return when all have ended well.
 
-    Each rank writes log-rankN.txt in `log_dir` (appended). SIGTERM and SIGINT are handed to the ranks,
-    which have 30 seconds to end. When one rank fails the others are ended. If this process is killed
+    Each rank writes log-rankN.txt in `log_dir` (appended). SIGTERM and SIGINT are handed to the ranks as SIGTERM,
+    which have `grace` seconds to end. When one rank fails the others are ended. If this process is killed
     the ranks die with it (Linux), so a restart never meets a trainer that still writes.
 
     Args:
@@ -90,6 +92,9 @@ def launch(
         port: where rank 0 listens; a free one if not given.
         environment: variables added to this process's own.
         watch: called about twenty times a second while the ranks run.
+        grace: seconds from a stop signal to SIGKILL.
+        stopped_code: exit code of ranks that were told to stop and have something to go on from; also told where a rank
+            died of the signal or of the end of the grace. If not given, the ranks' own, or 128 + signal.
 
     Raises:
         EnvironmentProblem: the given port is in use.
@@ -103,7 +108,12 @@ def launch(
         try:
             for number in range(nproc):
                 ranks.append(_start(number, [sys.executable, "-m", module, *arguments], log_dir, shared))
-            _wait(ranks, stopped, watch or (lambda: None))
+            while _running(ranks) and not _failed(ranks) and not stopped:
+                (watch or _nothing)()
+                time.sleep(_POLL_SECONDS)
+            if stopped:
+                _stop(ranks, stopped[0], grace, stopped_code)
+            _raise_failure(ranks)
         finally:
             _end(ranks)
 
@@ -147,12 +157,11 @@ def die_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-def _wait(ranks: list[_Rank], stopped: list[int], watch: Callable[[], None]) -> None:
-    while _running(ranks) and not _failed(ranks) and not stopped:
-        watch()
-        time.sleep(_POLL_SECONDS)
-    if stopped:
-        _stop(ranks, stopped[0])
+def _nothing() -> None:
+    pass
+
+
+def _raise_failure(ranks: list[_Rank]) -> None:
     if _failed(ranks):
         error = _explain(_culprit(ranks))
         # Others may be about to end well (a save that all were told to stop after): a moment for it.
@@ -168,12 +177,19 @@ def _failed(ranks: list[_Rank]) -> list[_Rank]:
     return [rank for rank in ranks if rank.process.poll() not in (None, 0)]
 
 
-def _stop(ranks: list[_Rank], number: int) -> NoReturn:
-    _end(ranks, _STOP_GRACE_SECONDS, signal.SIGTERM)
-    error = StageFailed(f"stopped by {signal.Signals(number).name}", fix="start the same command again to go on")
+def _stop(ranks: list[_Rank], number: int, grace: float, stopped_code: int | None) -> NoReturn:
+    began = time.monotonic()
+    _end(ranks, grace, signal.SIGTERM)
+    if stopped_code is not None:
+        as_told = (stopped_code, -signal.SIGTERM, -signal.SIGKILL)
+        _raise_failure([rank for rank in ranks if rank.process.returncode not in as_told])
+    took = f"{time.monotonic() - began:.1f} s (grace {grace:g} s)"
+    error = StageFailed(
+        f"stopped by {signal.Signals(number).name} within {took}", fix="start the same command again to go on"
+    )
     codes = {rank.process.returncode for rank in ranks}
     # Ranks may have a code of their own for having stopped well; a shell's convention otherwise.
-    error.exit_code = code if len(codes) == 1 and (code := codes.pop()) > 0 else 128 + number
+    error.exit_code = stopped_code or (code if len(codes) == 1 and (code := codes.pop()) > 0 else 128 + number)
     raise error
 
 

@@ -1,9 +1,6 @@
 """One rank of a training run.
 
 Usage: torchrun --nproc-per-node N -m megatron_octo.train RUN.yaml [--until TOKENS] [dotted.key=value ...]
-
-Exit codes: 0 the run, or the leg asked for, is done; 75 saved and stopped by SIGTERM or SIGINT, start the same
-command again; otherwise the code of the error, which is one line on stderr.
 """
 
 from __future__ import annotations
@@ -15,13 +12,18 @@ import traceback
 import warnings
 from pathlib import Path
 
-from megatron_octo.errors import OctoError, StageFailed, machine_problem
+from megatron_octo.errors import OctoError, machine_problem
+from megatron_octo.runtime.stop import EXIT_CODES, RankLost, Stopped, StopSignals
 from megatron_octo.units import parse_tokens
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as one rank; returns the exit code."""
-    options = _parse(arguments)
+    with StopSignals() as signals:
+        return _train(_parse(arguments), signals)
+
+
+def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     # megatron-core warns of packages a machine without CUDA never has, torch of its own older interfaces.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
@@ -30,18 +32,25 @@ def main(arguments: list[str] | None = None) -> int:
         run = load_run(options.run, options.overrides)
         from megatron_octo.train.loop import train
 
-        train(run, options.until)
+        train(run, options.until, signals)
     except OctoError as error:
-        return _report(error)
+        return _report(_stopped(signals) if signals.told and isinstance(error, RankLost) else error)
     except Exception as error:
         problem = machine_problem(error)
         if problem is not None:
             return _report(problem)
         traceback.print_exc()
-        if "Timed out waiting" in str(error) or "Timeout" in type(error).__name__:
-            return _report(_silence())
-        return 1
+        return _report(_stopped(signals)) if signals.told else 1
     return 0
+
+
+def _stopped(signals: StopSignals) -> Stopped:
+    """What an error means once a signal was received: others ended at once, before they had anything to save."""
+    return Stopped(
+        f"stopped by {signals.told}; not every rank could save",
+        "the last sealed checkpoint counts",
+        "start the same command again to go on",
+    )
 
 
 def _report(error: OctoError) -> int:
@@ -49,16 +58,13 @@ def _report(error: OctoError) -> int:
     return error.exit_code
 
 
-def _silence() -> OctoError:
-    return StageFailed(
-        f"rank {os.environ.get('RANK', '0')} waited longer than timeout_minutes for another rank",
-        "a rank that hangs or is gone holds up all others",
-        "look for the log-rank*.txt that ends first; the last checkpoint is untouched, start the same command again",
-    )
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m megatron_octo.train", description="One rank of a training run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_octo.train",
+        description="One rank of a training run, as torchrun starts it.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="run file (YAML)")
     parser.add_argument("overrides", nargs="*", help="dotted.key=value overrides")
     parser.add_argument(

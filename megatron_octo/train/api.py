@@ -15,6 +15,7 @@ from megatron_octo.config.run import RunConfig
 from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
 from megatron_octo.runtime.accelerator import asks_for_accelerator, check, look
+from megatron_octo.runtime.stop import STOPPED, nothing_to_save
 from megatron_octo.train.start import last_step, plan_start
 
 
@@ -49,10 +50,11 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
         EnvironmentProblem: it asks for layers, precision or an optimizer this machine does not have.
         StageFailed: a rank failed; its exit code is kept.
     """
-    run = load_run(path, overrides)
-    if asks_for_accelerator(run):
-        check(run, look(load=False))
-    start, last = plan_start(run), last_step(run, until)
+    with nothing_to_save():
+        run = load_run(path, overrides)
+        if asks_for_accelerator(run):
+            check(run, look(load=False))
+        start, last = plan_start(run), last_step(run, until)
     if start.step >= last:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -75,6 +77,8 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
             run.threads,
             environment=environment,
             watch=watch,
+            grace=run.stop_grace_seconds,
+            stopped_code=STOPPED,
         )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from megatron_octo.checkpoint.retain import Policy
 from megatron_octo.checkpoint.save import Saver
+from megatron_octo.runtime.watchdog import GROUP_PATIENCE
 from megatron_octo.train.facts import StepFacts
 from megatron_octo.train.hooks.base import Hook
 from megatron_octo.train.state import TrainState
@@ -29,7 +30,7 @@ class SaveCheckpoints(Hook):
         """Remember what is already saved."""
         run = state.run
         policy = Policy(run.checkpoint.keep, run.checkpoint.keep_every)
-        self._saver = Saver(run.out, state.models, state.optimizer, policy, run.timeout_minutes)
+        self._saver = Saver(run.out, state.models, state.optimizer, policy, run.timeout_minutes * GROUP_PATIENCE)
         self._saved_step = state.step
 
     def after_step(self, state: TrainState, facts: StepFacts) -> None:
@@ -53,6 +54,11 @@ class SaveCheckpoints(Hook):
         self.complete()
         if state.step > self._saved_step:
             self._save(state, background=False)
+
+    @property
+    def write_seconds(self) -> float | None:
+        """How long the last save took to be written and sealed; None before the first is."""
+        return self._saver.write_seconds if self._saver is not None else None
 
     def close(self) -> None:
         """Let a save in the background end."""

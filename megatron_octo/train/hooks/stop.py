@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
-from typing import Any
+import os
+import sys
 
-from megatron_octo.errors import StageFailed
+from megatron_octo.runtime.stop import Stopped, StopSignals
 from megatron_octo.train.facts import StepFacts
 from megatron_octo.train.hooks.base import Hook
+from megatron_octo.train.hooks.save import SaveCheckpoints
 from megatron_octo.train.state import TrainState
 
-
-class Stopped(StageFailed):
-    """The run saved and ended because it was asked to; the same command goes on (75: temporary failure)."""
-
-    exit_code = 75
+_ROOM = 3  # times a measured save: beside the save, the step at hand has to end, and discs have slow days
 
 
 class StopOnSignal(Hook):
-    """SIGTERM and SIGINT: finish the step, save, and end with exit code 75. A second signal changes nothing."""
+    """A signal: finish the step, save, and end with exit code 75. It is warned of if that will not fit the grace.
 
-    def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self._stopping = False
+    Args:
+        signals: those of this process.
+        saves: whose first save is measured.
+    """
+
+    def __init__(self, signals: StopSignals, saves: SaveCheckpoints) -> None:
+        self._signals, self._saves = signals, saves
+        self._stopping, self._measured = False, False
 
     def open(self, state: TrainState) -> None:
-        """Take over the signals."""
+        """From here on there is something to save."""
 
-        def ask(_number: int, _frame: FrameType | None) -> None:
+        def ask() -> None:
             state.stop_wanted = True
 
-        self._before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._signals.begin(ask, state.run.stop_grace_seconds)
 
     def after_step(self, state: TrainState, facts: StepFacts) -> None:
         """Note that some rank was asked to stop; all ranks note it after the same step."""
         self._stopping = facts.stop
+        seconds = self._saves.write_seconds
+        if seconds is not None and not self._measured:
+            self._measured = True
+            self._compare(seconds, state.run.stop_grace_seconds)
 
     def finish(self, state: TrainState) -> None:
         """Tell the caller that the run is not over.
@@ -44,12 +49,21 @@ class StopOnSignal(Hook):
             Stopped: a signal ended the run before its last step.
         """
         if self._stopping:
+            told = self._signals.told
+            who = f"{told}, {self._signals.seconds:.1f} s ago" if told else "a signal to another rank"
             raise Stopped(
-                f"{state.run.name}: stopped by a signal after step {state.step} ({state.run_tokens} tokens), saved",
-                fix="start the same command again to go on",
+                f"{state.run.name}: stopped by {who}, after step {state.step} ({state.run_tokens} tokens), saved",
+                f"stop_grace_seconds is {state.run.stop_grace_seconds:g}",
+                "start the same command again to go on",
             )
 
-    def close(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _compare(self, seconds: float, grace: float) -> None:
+        if seconds * _ROOM > grace and os.environ.get("RANK", "0") == "0":
+            print(
+                f"octo: warning: a save took {seconds:.1f} s; {_ROOM} times that is more than stop_grace_seconds "
+                f"{grace:g}: a signal may end the run before its progress is saved; "
+                f"fix: set stop_grace_seconds={seconds * _ROOM:.0f} and the grace of whoever sends the signal "
+                "(terminationGracePeriodSeconds, --signal=TERM@..., KillWait) to at least as much",
+                file=sys.stderr,
+                flush=True,
+            )
