@@ -68,6 +68,11 @@ class TrainDataset(Dataset[dict[str, Any]]):
         dataset, number = self._place(window)
         return {"dataset_id": dataset, **self._datasets[dataset][number]}
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the index of each source: another dataset under the same path has another order."""
+        return {name: source.digest for name, source in self.sources.items()}
+
     def window(self, window: int) -> Window:
         """Tell where a window comes from.
 

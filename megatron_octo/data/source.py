@@ -7,6 +7,7 @@ epoch the order is Megatron's own.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import numpy as np
 from megatron_octo.data.indexed import Index, idx_path
 from megatron_octo.data.mixture import compiled_helper, windows_per_epoch
 from megatron_octo.errors import DataError
-from megatron_octo.files import flush_to_disk, hash_file, hash_json
+from megatron_octo.files import flush_to_disk, hash_file, hash_json, write_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing GPU kernels, which reading data does not need
@@ -27,8 +28,9 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-_LAYOUT = 1  # of the cached arrays; raised when their meaning changes
+_LAYOUT = 2  # of the cached directory; raised when its meaning changes
 _ARRAYS = ("document_index", "sample_index", "shuffle_index")
+_ORDER = "order.json"
 
 
 class _NoTokenizer:
@@ -52,6 +54,8 @@ class SourceDataset(gpt_dataset.GPTDataset):
 
     def __init__(self, index: Index, sequence_length: int, epochs: int, seed: int, cache: Path) -> None:
         self._index, self._epochs, self._cache = index, epochs, cache
+        self.digest = hash_file(idx_path(index.prefix))
+        """SHA-256 of the index: the lengths of all documents, which the order of windows follows from."""
         self.windows = windows_per_epoch(index.tokens, sequence_length)
         config = gpt_dataset.GPTDatasetConfig(
             random_seed=seed,
@@ -78,24 +82,24 @@ class SourceDataset(gpt_dataset.GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Take the index arrays from the cache, or compute and publish them."""
-        directory = self._cache / self._key()
+        order = self._order()
+        directory = self._cache / hash_json(order)[:24]
         if not directory.is_dir():
             arrays = _shuffled_epochs(
                 self._index.lengths, self.config.sequence_length, self._epochs, self.config.random_seed
             )
-            _publish(dict(zip(_ARRAYS, arrays, strict=True)), directory)
-        return _load(directory)
+            _publish(dict(zip(_ARRAYS, arrays, strict=True)), order, directory)
+        return _load(order, directory)
 
-    def _key(self) -> str:
-        """Name of the cached arrays: everything they follow from, the document lengths included."""
-        facts = {
+    def _order(self) -> dict[str, Any]:
+        """Everything the cached arrays follow from, the document lengths included; it names and marks them."""
+        return {
             "layout": _LAYOUT,
-            "index": hash_file(idx_path(self._index.prefix)),
+            "index": self.digest,
             "sequence_length": self.config.sequence_length,
             "epochs": self._epochs,
             "seed": self.config.random_seed,
         }
-        return hash_json(facts)[:24]
 
 
 def _shuffled_epochs(lengths: np.ndarray, sequence_length: int, epochs: int, seed: int) -> tuple[np.ndarray, ...]:
@@ -120,7 +124,7 @@ def _shuffled_epochs(lengths: np.ndarray, sequence_length: int, epochs: int, see
     return tuple(np.concatenate(parts) for parts in (document_index, sample_index, shuffle_index))
 
 
-def _publish(arrays: dict[str, np.ndarray], directory: Path) -> None:
+def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Path) -> None:
     """Write arrays into a temporary directory and rename it; whoever comes second throws its copy away."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
@@ -128,6 +132,7 @@ def _publish(arrays: dict[str, np.ndarray], directory: Path) -> None:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             flush_to_disk(temporary / f"{name}.npy")
+        write_json(temporary / _ORDER, order)
         os.rename(temporary, directory)
     except OSError:
         if not directory.is_dir():
@@ -136,8 +141,12 @@ def _publish(arrays: dict[str, np.ndarray], directory: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load(directory: Path) -> tuple[Any, ...]:
+def _load(order: dict[str, Any], directory: Path) -> tuple[Any, ...]:
+    """Open cached arrays, having seen that they are of this order and not, say, of another seed."""
     try:
+        found = json.loads((directory / _ORDER).read_text(encoding="utf-8"))
+        if found != order:
+            raise ValueError(f"it holds the order {found}, not {order}")
         return tuple(np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_octo.checkpoint.store import FACTS
 from megatron_octo.config.load import differences, parse_config
 from megatron_octo.config.run import RunConfig
-from megatron_octo.errors import CheckpointError, ConfigError
+from megatron_octo.errors import CheckpointError, ConfigError, DataError
 from megatron_octo.schedule.change import rewritten_past
 
 _MAY_CHANGE = (
@@ -67,6 +67,26 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
                 "restore it, or fork from a checkpoint before the decay",
             )
     return run
+
+
+def check_data(run: RunConfig, before: dict[str, str], now: dict[str, str]) -> None:
+    """Check that a run reads on in the datasets it has read so far, not in others under the same path.
+
+    Args:
+        run: where they are.
+        before: digest of each source's index when the last checkpoint was saved; empty if nothing was read.
+        now: the same, of what is there.
+
+    Raises:
+        DataError: another index, which means another order of windows.
+    """
+    for name, digest in before.items():
+        if now.get(name) != digest:
+            raise DataError(
+                f"data.mixture.{name} ({run.data.mixture[name].path}) is not the dataset that '{run.name}' has read",
+                "the order of windows follows from the lengths of all documents: tokens would be lost or read twice",
+                f"put the one back whose .idx has SHA-256 {digest}, or start a new run, or a fork with data: fresh",
+            )
 
 
 def _allowed(line: str) -> bool:

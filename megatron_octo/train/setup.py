@@ -25,6 +25,7 @@ from megatron_octo.model.build import build_chunks
 from megatron_octo.model.translate import Kernels, ddp_config, optimizer_config
 from megatron_octo.runtime import accelerator, adam, tp_overlap
 from megatron_octo.runtime.groups import Runtime
+from megatron_octo.train.change import check_data
 from megatron_octo.train.data import Batches
 from megatron_octo.train.needs import repeats
 from megatron_octo.train.start import open_run
@@ -54,7 +55,7 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     Raises:
         ConfigError: the run differs from the one that trained here before.
         CheckpointError: what it starts from is missing, unsealed, damaged or of another shape.
-        DataError: a dataset of the mixture is missing or damaged.
+        DataError: a dataset of the mixture is missing, damaged, or not the one that was read before.
     """
     kernels = choose_kernels(run)
     start = on_rank_zero(lambda: open_run(run))
@@ -62,12 +63,14 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     dataset = open_dataset(run, runtime, start.first_window)
     if runtime.rank == 0 and (note := repeats({name: facts["epochs"] for name, facts in dataset.facts.items()})):
         print(note, flush=True)  # into the log of the run
+    check_data(run, start.data, dataset.digests)
     batches = Batches(run, runtime, dataset, start.first_window)
     seed = None if start.checkpoint else run.seed
     models = build_chunks(run.model, run.parallel, run.dtype, seed, run.recompute, kernels)
     chunks = wrap(run, models)
     optimizer = build_optimizer(run, chunks)
-    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, dict(start.memory))
+    memory = dict(start.memory)
+    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, memory, dataset.digests)
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
     gc.collect()

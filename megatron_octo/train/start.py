@@ -43,6 +43,7 @@ class Start(NamedTuple):
         root_tokens: tokens of the lineage before this run.
         lineage: the record of a branch.
         memory: what hooks remembered; empty for a new run, a branch among them.
+        data: digests of the sources whose order is read on; empty for an order that begins.
     """
 
     run: RunConfig
@@ -52,6 +53,7 @@ class Start(NamedTuple):
     root_tokens: int = 0
     lineage: dict[str, Any] | None = None
     memory: dict[str, Any] = {}
+    data: dict[str, str] = {}
 
     @property
     def first_window(self) -> int:
@@ -194,6 +196,7 @@ def _resume(run: RunConfig) -> Start:
         facts["tokens"] - facts["run_tokens"],
         facts.get("lineage"),
         facts.get("memory", {}),
+        facts.get("data", {}),
     )
 
 
@@ -212,7 +215,8 @@ def _fork(run: RunConfig) -> Start:
         str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, stored_run(facts, checkpoint)
     )
     run = with_parents_rate(run, origin)
-    return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage_record(run, origin))
+    data = facts.get("data", {}) if fork.data == "continue" else {}
+    return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage_record(run, origin), data=data)
 
 
 def _tell_parent(run: RunConfig, lineage: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class TrainState:
         lineage: the lineage record of a branch, else None.
         step: optimizer steps taken by this run.
         memory: what hooks remember across restarts, by hook; JSON's types, the same on every rank.
+        data: digest of each source's index, which the order of windows follows from.
         stop_wanted: this process was asked to stop at the next step boundary.
         trouble: why the gradients of the step at hand are not used; None as long as they are.
     """
@@ -42,6 +43,7 @@ class TrainState:
     lineage: dict[str, Any] | None = None
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
     stop_wanted: bool = False
     trouble: Trouble | None = None
 
@@ -80,6 +82,7 @@ class TrainState:
             "layout": self.run.parallel.label,
             "versions": versions(),
             "lineage": self.lineage,
+            "data": self.data,
             "memory": copy.deepcopy(self.memory),  # hooks go on with it while this is being written
             "config": self.run.model_dump(mode="json"),
         }
