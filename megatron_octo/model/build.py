@@ -119,14 +119,17 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec |
 
 
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """megatron-core's local layer with our norm and attention; checkpoint keys stay those of TransformerEngine."""
+    """megatron-core's local layer with parts of our own; checkpoint keys stay those of TransformerEngine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_octo.model.layers import CausalAttention, RMSNorm
+    from megatron_octo.model.layers import CausalAttention, RMSNorm, SelfAttention
+    from megatron_octo.model.pointwise import swiglu
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.mlp.submodules.activation_func = swiglu
+    spec.submodules.self_attention.module = SelfAttention
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
     if config.qk_layernorm:

@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.transformer import attention
 from torch.nn import functional
+
+from megatron_octo.model import pointwise
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -35,8 +38,38 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise [..., h] over h."""
-        normed = functional.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
-        return self.weight * normed.to(hidden.dtype)
+        return pointwise.rms_norm(hidden, self.weight, self.eps)
+
+
+class SelfAttention(attention.SelfAttention):
+    """megatron-core's, its forward pass for training alone: no key-value cache, no packed sequences."""
+
+    def forward(
+        self, hidden: torch.Tensor, attention_mask: None, *, rotary_pos_emb: torch.Tensor, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Attend.
+
+        Args:
+            hidden: [s, b, h]; under sequence parallelism this rank's part of s.
+            attention_mask: must be None; the mask is causal.
+            rotary_pos_emb: [s, 1, 1, d], angles of this rank's positions.
+
+        Returns:
+            ([s, b, h], no bias).
+
+        Raises:
+            ValueError: something is asked for that this pass would leave out.
+        """
+        asked = [name for name, value in others.items() if value is not None]
+        if asked:
+            raise ValueError(f"SelfAttention is for training: it takes no {', '.join(asked)}")
+        query, key, value = self.get_query_key_value_tensors(hidden)
+        heads = [pointwise.rotate(query, rotary_pos_emb), pointwise.rotate(key, rotary_pos_emb), value]
+        if self.checkpoint_core_attention and self.training:
+            attended = self._checkpointed_attention_forward(*heads, attention_mask)
+        else:
+            attended = self.core_attention(*heads, attention_mask)
+        return self.linear_proj(attended)
 
 
 class CausalAttention(torch.nn.Module):

@@ -89,6 +89,8 @@ def transformer_config(
         transformer_impl=kernels.layers,
         calculate_per_token_loss=True,
         bias_activation_fusion=kernels.fused,
+        # The activation that the layer's specification names: ours, see model.build.
+        use_te_activation_func=not kernels.fused,
         bias_dropout_fusion=kernels.fused,
         apply_rope_fusion=kernels.fused,
         cross_entropy_loss_fusion=kernels.fused,
