@@ -113,7 +113,20 @@ def wrap(run: RunConfig, models: list[Any], bucket: int | None = None) -> list[t
         inner = Float16Module(config, model) if run.dtype == "bf16" else model
         chunks.append(DistributedDataParallel(config, reduction, inner.to(_device()), disable_bucketing=index > 0))
     _let_overlap(run.parallel, chunks)
+    if run.parallel.data * run.parallel.context == 1:
+        _keep_to_itself(run.parallel, chunks)
     return chunks
+
+
+def _keep_to_itself(parallel: ParallelConfig, chunks: list[Any]) -> None:
+    """A single replica sums and gathers nothing: gloo would copy all gradients and weights to where they already are.
+
+    NCCL knows that; and what overlaps keeps books of its messages, so it sends them.
+    """
+    if _device().type != "cpu" or parallel.overlap_grad_reduce or parallel.overlap_param_gather:
+        return
+    for group in (group for chunk in chunks for group in chunk.bucket_groups):
+        group.start_grad_sync = group.start_param_sync = lambda **_: None
 
 
 def _let_overlap(parallel: ParallelConfig, chunks: list[Any]) -> None:
