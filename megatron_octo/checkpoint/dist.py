@@ -168,9 +168,11 @@ def stored_names(directory: Location) -> set[str]:
     """Keys of everything stored: tensors and objects.
 
     Raises:
-        CheckpointError: as for `read_metadata`.
+        CheckpointError: as for `read_metadata`; or something lies in a file outside the checkpoint.
     """
     with _as_listed(directory) as metadata:
+        for key, stored in (metadata.storage_data or {}).items():
+            _check_file(directory / METADATA, key.fqn, stored)
         return set(metadata.state_dict_metadata)
 
 
@@ -241,8 +243,7 @@ def _chunks(directory: Location, name: str, facts: TensorFacts, metadata: Metada
     for listed in metadata.state_dict_metadata[name].chunks:
         offsets, sizes = tuple(listed.offsets), tuple(listed.sizes)
         stored = (metadata.storage_data or {}).get(MetadataIndex(name, offsets))
-        if stored is None or PurePosixPath(stored.relative_path).name != stored.relative_path:
-            raise _broken(path, "names no file of this checkpoint", name)
+        _check_file(path, name, stored)
         if getattr(stored, "transform_descriptors", None):
             raise _broken(path, f"stored through {', '.join(stored.transform_descriptors)}", name)
         start, length = index(stored.offset), index(stored.length)
@@ -252,6 +253,11 @@ def _chunks(directory: Location, name: str, facts: TensorFacts, metadata: Metada
     if not _tiles(facts.shape, chunks):
         raise _broken(path, "its chunks do not cover it exactly once", name)
     return chunks
+
+
+def _check_file(path: Location, name: str, stored: Any) -> None:
+    if stored is None or PurePosixPath(stored.relative_path).name != stored.relative_path:
+        raise _broken(path, "names no file of this checkpoint", name)
 
 
 def _tiles(shape: Shape, chunks: list[_Chunk]) -> bool:

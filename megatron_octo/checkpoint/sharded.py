@@ -6,6 +6,9 @@ order: in fp32, losses stay within 1e-6 of the uninterrupted run over the steps 
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,18 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_octo.checkpoint.dist import stored_names
 from megatron_octo.checkpoint.moments import values_as_they_are
-from megatron_octo.checkpoint.part import Part, write_parts
+from megatron_octo.checkpoint.part import COMMON, Part, write_parts
 from megatron_octo.errors import CheckpointError
 
 Chunks = list[torch.nn.Module]
+
+_NO_CODE = "a checkpoint may hold values only; nothing that it names is called"
 
 
 class Sharder:
@@ -81,15 +88,17 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
         moments: whether to read Adam's moments, step count and the fp32 master weights.
 
     Raises:
-        CheckpointError: a tensor is absent or has another shape than the model's.
+        CheckpointError: a tensor is absent or has another shape than the model's, or what is stored names code.
     """
+    _check_common(directory)
     wanted = _describe(chunks, optimizer if moments else None, loading=True)
     _drop_absent_objects(wanted, stored_names(directory))
     reader: Any = get_default_load_sharded_strategy(str(directory))
     if _data_ranks() > 1:
         reader = FullyParallelLoadStrategyWrapper(reader, _data_group())
     try:
-        loaded = dist_checkpointing.load(wanted, str(directory), reader)
+        with _objects_without_code():
+            loaded = dist_checkpointing.load(wanted, str(directory), reader)
     except (CheckpointingException, CheckpointException, KeyError) as error:
         raise _does_not_fit(directory, error) from error
     for index, chunk in enumerate(chunks):
@@ -98,6 +107,35 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
         optimizer.load_state_dict(loaded["optimizer"])
     else:
         optimizer.reload_model_params()
+
+
+def _check_common(directory: Path) -> None:
+    """Refuse common state that names code. megatron-core leaves that to torch, and torch to the environment."""
+    path = directory / COMMON
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in every way there is
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: cannot be trusted ({type(error).__name__}: {reason})", _NO_CODE) from None
+
+
+@contextmanager
+def _objects_without_code() -> Iterator[None]:
+    """While open, objects of a checkpoint (FP8 scaling state) are plain values; torch would run what they name."""
+    plain = MCoreLoadPlanner.load_bytes
+
+    def load_bytes(planner: Any, item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises at the first name of code, before torch runs any
+        value.seek(0)
+        plain(planner, item, value)
+
+    MCoreLoadPlanner.load_bytes = load_bytes
+    try:
+        yield
+    finally:
+        MCoreLoadPlanner.load_bytes = plain
 
 
 def state_bytes(chunks: Chunks) -> int:

@@ -176,4 +176,6 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    if path.is_symlink():  # what it points to is not ours to remove
+        path.unlink()
     shutil.rmtree(path, ignore_errors=True)
