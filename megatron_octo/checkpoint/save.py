@@ -25,6 +25,7 @@ from megatron_octo.errors import EnvironmentProblem, OctoError
 from megatron_octo.units import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FILES = {errno.EMFILE, errno.ENFILE}
 _MARGIN = 1.05  # files, metadata and padding beside the tensors themselves
 
 
@@ -117,7 +118,8 @@ class Saver:
             self.write_seconds = time.monotonic() - began
         except OSError as error:
             if dist.get_rank() == 0:
-                store.remove_leftovers(self._run_dir)
+                with suppress(OSError):  # the next start removes what cannot be removed now
+                    store.remove_leftovers(self._run_dir)
             raise self._explain(error) from error
 
     def _begin(self, step: int) -> Path:
@@ -133,10 +135,11 @@ class Saver:
     def _explain(self, error: OSError) -> OctoError:
         if error.errno in _FULL:
             return self._disk_full()
+        mend = "raise the limit on open files (ulimit -n)" if error.errno in _FILES else "mend the file system"
         return EnvironmentProblem(
             f"{self._run_dir}: the checkpoint could not be written ({error.strerror or error})",
             "the last checkpoint is untouched",
-            "mend the file system and start the same command again",
+            f"{mend} and start the same command again",
         )
 
     def _disk_full(self) -> EnvironmentProblem:
