@@ -1,0 +1,79 @@
+"""Every fault that is injected: what it is, the test that injects it, and the guard without which that test fails.
+
+Groups: A crash during a save, B damaged checkpoint, C resources, D signals and ranks, E numbers, F data determinism,
+I hostile input. `tests/repo/test_fault_catalogue.py` fails where a fault of a group has no test that pytest collects.
+A test id without brackets stands for all its cases.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 7, "I": 4}
+
+
+class Fault(NamedTuple):
+    """One fault: group letter and number, words, pytest node id, and file and function of the guard."""
+
+    id: str
+    words: str
+    test: str
+    guard: str
+
+
+COMPLETE = "ABCI"
+"""Groups whose every fault has a row; a letter is added here together with the group's last row."""
+
+_SAVE = "tests/faults/test_checkpoint_faults.py"
+_KILLED = "tests/faults/test_killed_saves.py::test_a_trainer_killed_while_saving_loses_nothing"
+_DAMAGE = f"{_SAVE}::test_damage_is_refused_by_name"
+_FAILED = f"{_KILLED.partition('::')[0]}::test_a_save_that_cannot_be_written_is_one_line_and_leaves_the_last_checkpoint"
+_FULL_BUILD = "tests/unit/test_cli.py::test_where_nothing_more_fits_nothing_is_left_half_written"
+_HOSTILE = "tests/faults/test_hostile_checkpoints.py"
+_INPUT = "tests/parity/test_convert_bad_input.py::test_code_that_a_configuration"
+_SAFE = "tests/unit/test_safetensors_io.py"
+_POINTER = f"{_SAVE}::test_a_bad_pointer_says_what_exists"
+
+FAULTS = [
+    Fault("A1", "SIGKILL before any byte", f"{_KILLED}[before any byte]", "store.py begin: a directory of its own"),
+    Fault("A2", "SIGKILL mid-shard", f"{_KILLED}[mid-shard]", "store.py begin: a hidden directory"),
+    Fault("A3", "SIGKILL after the shards, before the metadata", f"{_KILLED}[before the metadata]", "store.py publish"),
+    Fault("A4", "SIGKILL after the metadata, before the rename", f"{_KILLED}[before the rename]", "store.py publish"),
+    Fault("A5", "SIGKILL between rename and pointer", f"{_KILLED}[before the pointer]", "store.py publish: the order"),
+    Fault("A6", "SIGKILL while the pointer is written", f"{_KILLED}[in the pointer]", "files.py write_bytes"),
+    Fault("A7", "SIGKILL while old checkpoints are pruned", f"{_KILLED}[while pruning]", "store.py retire"),
+    Fault("A8", "SIGKILL in the background writer", f"{_KILLED}[in the background]", "store.py begin, publish"),
+    Fault("B1", "flipped byte in weights or moments", f"{_DAMAGE}[flipped byte]", "seal.py _verify: hashes"),
+    Fault("B2", "truncated shard", f"{_DAMAGE}[truncated shard]", "seal.py _verify: sizes"),
+    Fault("B3", "missing shard", f"{_DAMAGE}[missing shard]", "seal.py _verify: missing names"),
+    Fault("B4", "missing metadata", f"{_DAMAGE}[missing metadata]", "seal.py _verify: missing names"),
+    Fault("B5", "empty or garbage pointer", _POINTER, "store.py latest_checkpoint"),
+    Fault(
+        "B6",
+        "pointer to an absent step",
+        f"{_POINTER}[step_00000099-names 'step_00000099']",
+        "store.py latest_checkpoint",
+    ),
+    Fault("B7", "mixed shards of two steps", f"{_DAMAGE}[shard of another step]", "seal.py _verify"),
+    Fault(
+        "B8",
+        "wrong model shape",
+        "tests/distributed/test_resume.py::test_weights_of_another_shape_are_refused",
+        "sharded.py load_state",
+    ),
+    Fault("C1", "disk full in a save", f"{_FAILED}[disk full]", "save.py Saver._write, together.py on_all_ranks"),
+    Fault("C2", "disk full in preprocessing", _FULL_BUILD, "errors.py machine_problem; indexed.py: names given last"),
+    Fault("C3", "read-only directory", f"{_FAILED}[read-only directory]", "save.py Saver._explain"),
+    Fault("C4", "failing device, short writes", f"{_FAILED}[failing device]", "hashing.py cause_raised"),
+    Fault("C5", "too many open files", f"{_FAILED}[too many open files]", "save.py Saver._write: cleaning may fail"),
+    Fault(
+        "I1", "pickles that call something", f"{_HOSTILE}::test_an_object_that_would_run_code_is_refused", "sharded.py"
+    ),
+    Fault(
+        "I2", "paths and links that lead out", f"{_HOSTILE}::test_a_path_out_of_the_checkpoint_is_refused", "dist.py"
+    ),
+    Fault("I3", "auto_map of tokenizer or configuration", f"{_INPUT}_names_is_neither_run_nor_carried", "inert.py"),
+    Fault(
+        "I4", "safetensors header: huge or overlapping", f"{_SAFE}::test_a_damaged_file_is_refused_by_name", "opened.py"
+    ),
+]

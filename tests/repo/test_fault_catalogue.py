@@ -1,0 +1,39 @@
+"""Every fault the catalogue lists is injected by a test that pytest collects."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+
+from catalogue import COMPLETE, FAULTS, SIZES  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def collected() -> set[str]:
+    files = sorted({fault.test.partition("::")[0] for fault in FAULTS})
+    command = [sys.executable, "-m", "pytest", "--collect-only", *files]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout[-2000:]
+    cases = {line for line in found.stdout.splitlines() if "::" in line}
+    return cases | {case.partition("[")[0] for case in cases}
+
+
+def test_ids_are_those_of_the_groups() -> None:
+    ids = [fault.id for fault in FAULTS]
+    assert [name for name, count in Counter(ids).items() if count > 1] == []
+    allowed = {f"{group}{number}" for group, size in SIZES.items() for number in range(1, size + 1)}
+    assert set(ids) <= allowed
+    assert {name for name in allowed if name[0] in COMPLETE} <= set(ids)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_has_a_test_and_a_guard(collected: set[str], fault) -> None:
+    assert fault.test in collected
+    assert fault.words and fault.guard
