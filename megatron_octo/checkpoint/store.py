@@ -70,6 +70,23 @@ def has_checkpoint(run_dir: Path) -> bool:
     return (run_dir / POINTER).exists() or bool(sealed_checkpoints(run_dir))
 
 
+def check_unsealed(run_dir: Path) -> None:
+    """Check that a run without any sealed checkpoint has none at all, before it is taken for a new one.
+
+    A checkpoint has its seal before it has its name, so one without was copied in part or damaged.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is sealed.
+    """
+    found = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("step_*") if _NAME.match(path.name))
+    if found and not has_checkpoint(run_dir):
+        raise CheckpointError(
+            f"{run_dir / CHECKPOINTS / found[-1]} has no seal ({SEAL}), nor has any other of {len(found)}",
+            "training would begin anew and write over them",
+            f"copy them again with their {SEAL}, or choose another `out`",
+        )
+
+
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's `run.json`: step, run_tokens, tokens, config, versions, lineage.
 

@@ -89,5 +89,4 @@ def _sources(facts: dict[str, Any]) -> Any:
 
 
 def _unchecked(facts: dict[str, Any]) -> list[str]:
-    repeated = [facts["repeats"]] if facts["repeats"] else []
-    return [*repeated, "not checked:", *(f"  {line}" for line in facts["not_checked"])]
+    return [*facts["remarks"], "not checked:", *(f"  {line}" for line in facts["not_checked"])]

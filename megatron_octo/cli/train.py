@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_octo.cli.shared import Overrides
+from megatron_octo.errors import ConfigError
 
 
 def train(
@@ -26,7 +27,9 @@ def train(
     Example: octo train recipes/runs/llama32_3b_stable_64xh100_fp8.yaml --dry-run
     """
     if as_json and not dry_run:
-        raise typer.BadParameter("only a dry run prints facts: add --dry-run", param_hint="--json")
+        rule = "a run that trains writes its facts to metrics.jsonl"
+        raise ConfigError("--json without --dry-run", rule, "add --dry-run")
+    position = None if until is None else _tokens(until)
     if dry_run:
         from megatron_octo.cli.dry_run import show_dry_run
 
@@ -34,7 +37,7 @@ def train(
         return
     from megatron_octo.train.api import train_run
 
-    train_run(file, overrides or [], None if until is None else _tokens(until))
+    train_run(file, overrides or [], position)
 
 
 def _tokens(text: str) -> int:
@@ -43,4 +46,4 @@ def _tokens(text: str) -> int:
     try:
         return parse_tokens(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--until") from None
+        raise ConfigError(f"--until: {error}", fix="give the position in tokens of this run") from None

@@ -72,15 +72,33 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     return merge(under, values)
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML as it is, but for a key that stands twice in one mapping: the first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping.
+
+        Raises:
+            ConstructorError: a key stands twice.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", fix="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})", fix="name a readable YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter for a date that is none
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})", fix="mend that line") from None
     if not isinstance(values, dict):
         holds = "is empty" if values is None else f"holds {type(values).__name__}"
         raise ConfigError(f"{path}: {holds}", "a configuration file is a mapping of keys", "write 'key: value' lines")
@@ -148,9 +166,10 @@ def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> Confi
         return ConfigError(f"{where}: key '{field}' is missing", fix="add it")
     message = first["msg"].removeprefix("Value error, ")
     if not field:
-        return ConfigError(f"{where}: {message}")
+        return ConfigError(f"{where}: {message}", fix="change one of them")
     value = "" if isinstance(first["input"], (dict, list)) else f" = {first['input']!r}"
-    return ConfigError(f"{where}: {field}{value}", message)
+    fix = f"change '{field}'" if first["type"] == "value_error" else f"give '{field}' such a value"
+    return ConfigError(f"{where}: {field}{value}", message, fix)
 
 
 def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:

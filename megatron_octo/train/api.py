@@ -63,10 +63,10 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
         train(run, until)
         return
     from megatron_octo.runtime.launch import launch
-    from megatron_octo.train.needs import needs, repeats
+    from megatron_octo.train.needs import needs, remarks
 
-    if note := repeats({need.source: need.passes for need in needs(start.run, start.first_window)}):
-        print(f"octo: {note}", file=sys.stderr)
+    for line in remarks(run, start, needs(start.run, start.first_window)):
+        print(f"octo: {line}", file=sys.stderr)
     arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
     with _mirrored_progress(run, start.step, last) as (environment, watch):
         launch(

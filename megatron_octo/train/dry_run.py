@@ -11,8 +11,8 @@ from megatron_octo.checkpoint.store import has_checkpoint
 from megatron_octo.config.run import RunConfig
 from megatron_octo.model.facts import flops_per_token
 from megatron_octo.model.memory import ACTIVATIONS, ELEMENT, activation_bytes, logit_bytes, micro_batches, stored
-from megatron_octo.train.needs import Need, is_there, needs, repeats
-from megatron_octo.train.start import Start, check_tokenizer_directory, origin, plan_start
+from megatron_octo.train.needs import Need, is_there, needs, remarks
+from megatron_octo.train.start import Start, check_place, check_tokenizer_directory, origin, plan_start
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
         "micro_batches": micro_batches(run),
         "checkpoints": _checkpoints(run, built),
         "sources": [asdict(need) | {"path": str(need.path)} for need in read],
-        "repeats": repeats({need.source: need.passes for need in read}),
+        "remarks": remarks(run, start, read),
         "start": beginning,
         "not_checked": [*missing, *_unread(run, read), *_machine(run)],
         "conventions": {"flops": FLOPS, "activations": ACTIVATIONS},
@@ -99,10 +99,14 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
 
 
 def _stages(run: RunConfig) -> tuple[list[Stage], int]:
-    """Build a rank of every pipeline stage; also the parameters of the whole model, each counted once."""
+    """Build a rank of every pipeline stage; also the parameters of the whole model, each counted once.
+
+    The layers are the local ones, whose parameters are those of TransformerEngine's.
+    """
     from megatron_octo.model.build import build_chunks
     from megatron_octo.runtime.rehearsal import first_rank_of_stage, standing_at
 
+    _translate(run)
     stages, built = [], 0
     for number in range(run.parallel.pipeline):
         with standing_at(run.parallel, first_rank_of_stage(run.parallel, number)):
@@ -110,6 +114,20 @@ def _stages(run: RunConfig) -> tuple[list[Stage], int]:
         stages.append(_stage(run, number, chunks))
         built += sum(_whole(run, weight) for chunk in chunks for weight in _own(chunk))
     return stages, built
+
+
+def _translate(run: RunConfig) -> None:
+    """Let megatron-core's configuration classes see the whole run, FP8 too: they refuse what does not go together.
+
+    Only the names of fused operations are left out: megatron-core looks for TransformerEngine at each of them.
+    """
+    from megatron_octo.model.translate import Kernels, ddp_config, optimizer_config, transformer_config
+    from megatron_octo.runtime import cpu_twin
+
+    cpu_twin.install()
+    transformer_config(run.model, run.parallel, run.dtype, run.recompute, Kernels("local", run.fp8))
+    ddp_config(run.parallel, run.fp8)
+    optimizer_config(run.optimizer, run.schedule.learning_rate or 0.0, run.dtype, run.parallel, run.fp8)
 
 
 def _stage(run: RunConfig, number: int, chunks: list[Any]) -> Stage:
@@ -168,6 +186,7 @@ def _checkpoints(run: RunConfig, parameters: int) -> dict[str, Any]:
 
 def _start(run: RunConfig) -> tuple[Start | None, str, list[str]]:
     """Where the run would begin, if what it begins from is there; the same in words; and what is not there."""
+    check_place(run.out)
     if has_checkpoint(run.out):
         begin = plan_start(run)
         return begin, f"goes on after step {begin.step}, from {begin.checkpoint}", []

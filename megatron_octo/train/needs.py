@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_octo.checkpoint.store import POINTER
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.indexed import bin_path, idx_path
 from megatron_octo.data.mixture import check_tokenizer, check_tokens, open_source, shares, windows_per_epoch
+from megatron_octo.train.start import Start
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,14 @@ def repeats(passes: dict[str, float | None]) -> str:
     """Say which sources are read more than once and how often; empty if none is."""
     often = [f"{name} {count:.3g} times" for name, count in passes.items() if (count or 0) > 1]
     return f"sources read more than once: {', '.join(often)}" if often else ""
+
+
+def remarks(run: RunConfig, start: Start | None, found: list[Need]) -> list[str]:
+    """What a user should hear before a run starts, a line each: nothing that is wrong, but maybe not what was meant."""
+    lines = []
+    if start and start.step and not (run.out / POINTER).exists():
+        newest = start.checkpoint.name if start.checkpoint else ""
+        lines.append(f"{run.out / POINTER} is missing; going on from {newest}, the newest sealed checkpoint")
+    if often := repeats({need.source: need.passes for need in found}):
+        lines.append(often)
+    return lines

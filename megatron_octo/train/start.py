@@ -11,6 +11,7 @@ from megatron_octo.checkpoint.seal import seal_digest
 from megatron_octo.checkpoint.store import (
     CHECKPOINTS,
     FACTS,
+    check_unsealed,
     checkpoint_at,
     has_checkpoint,
     latest_checkpoint,
@@ -67,16 +68,27 @@ def plan_start(run: RunConfig) -> Start:
     Raises:
         ConfigError: the run exists and differs in a field that may not change, or a branch does not continue
             its parent.
-        CheckpointError: a pointer, parent or checkpoint is not there.
+        CheckpointError: a pointer, parent or checkpoint is not there, or checkpoints are without a seal.
         DataError: a new run's tokenizer is not there.
         EnvironmentProblem: the run directory is a file.
     """
-    if run.out.exists() and not run.out.is_dir():
-        raise EnvironmentProblem(f"{run.out}: a file stands where a directory is needed", fix="name another `out`")
+    check_place(run.out)
     if has_checkpoint(run.out):
         return _resume(run)
     check_tokenizer_directory(run)
     return origin(run)
+
+
+def check_place(run_dir: Path) -> None:
+    """Check that a run directory can be one: not a file, and without checkpoints that lost their seals.
+
+    Raises:
+        EnvironmentProblem: it is a file.
+        CheckpointError: it holds checkpoints, and none is sealed.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise EnvironmentProblem(f"{run_dir}: a file stands where a directory is needed", fix="name another `out`")
+    check_unsealed(run_dir)
 
 
 def check_tokenizer_directory(run: RunConfig) -> None:

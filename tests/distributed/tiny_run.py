@@ -32,6 +32,15 @@ def write_data(folder: Path) -> None:
         write_indexed(folder / name, documents, 91)
 
 
+def write_tokenizer(folder: Path) -> None:
+    """A word for each token: enough for a run to see that its tokens fit the model."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = models.WordLevel({f"w{number}": number for number in range(91)}, unk_token="w0")
+    Tokenizer(words).save(str(folder / "tokenizer.json"))
+
+
 def values(folder: Path) -> dict:
     return {
         "name": "tiny",
@@ -66,7 +75,7 @@ def values(folder: Path) -> dict:
 
 
 def write_run(folder: Path) -> Path:
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder / "tokenizer")
     write_data(folder)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values(folder)))
