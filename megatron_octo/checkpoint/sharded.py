@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from megatron.core.fp8_utils import is_float8tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -103,10 +104,30 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
         raise _does_not_fit(directory, error) from error
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_chunk_key(index)], strict=False)
+    rounded = any(is_float8tensor(weight) for chunk in chunks for weight in chunk.parameters())
     if moments:
         optimizer.load_state_dict(loaded["optimizer"])
+        if rounded:
+            cast_from_masters(optimizer)
     else:
-        optimizer.reload_model_params()
+        # A model that keeps its weights in FP8 has rounded what it was given: masters come from what was read.
+        optimizer.reload_model_params(loaded if rounded else None)
+
+
+def cast_from_masters(optimizer: Any) -> None:
+    """Cast the model's weights from the optimizer's fp32 masters, as its last step did.
+
+    Weights kept in FP8 are stored in BF16. Rounding them to FP8 again finds another scale than the step had, whose
+    cast was of the masters; so a resumed run would not be bitwise the uninterrupted one.
+
+    Args:
+        optimizer: Megatron's distributed optimizer, its state loaded.
+    """
+    for one in optimizer.chained_optimizers:
+        one._copy_main_params_to_model_params()
+        for chunk in one.model_chunks:
+            if not chunk.ddp_config.overlap_param_gather:  # otherwise the next forward pass gathers
+                chunk.start_param_sync()
 
 
 def _check_common(directory: Path) -> None:

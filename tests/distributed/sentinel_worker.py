@@ -27,6 +27,7 @@ import torch.distributed as dist
 from tiny_run import FOUR_WAY, STEP_TOKENS
 
 import megatron_octo.train.loop as loop
+from megatron_octo.checkpoint.sharded import cast_from_masters
 from megatron_octo.config.precision import SentinelConfig
 from megatron_octo.model.build import build_chunks
 from megatron_octo.model.precision import Precision
@@ -124,8 +125,34 @@ class Trainer:
         }
 
 
+def reload_masters(trainer: Trainer) -> None:
+    """Masters from a state dict, and weights from masters: what loading does to weights that are kept in FP8."""
+    run = load_run(trainer.path, [f"out={trainer.path.parent / 'plain'}", *LAYERS])
+    _, state = setup.set_up(run, groups.initialize(run.parallel, run.seed, run.timeout_minutes))
+    inner = state.optimizer.chained_optimizers[0]
+    masters = [master for group in inner.shard_fp32_from_float16_groups for master in group]
+    weights = list(state.models[0].parameters())
+    before = [weight.detach().clone() for weight in weights]
+    kept, exact = [master.clone() for master in masters], state.models[0].state_dict()
+    exact = {name: value.float() + 2**-20 for name, value in exact.items() if "_extra_state" not in name}
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+    cast_from_masters(state.optimizer)
+    again = all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    state.optimizer.reload_model_params({"model0": exact})
+    flat = sum(float(value.double().sum()) for value in exact.values())
+    trainer.notes["masters"] = {
+        "cast": again and any(bool(weight.any()) for weight in weights),
+        "unrounded": [flat, sum(float(master.double().sum()) for master in masters)],
+        "rounded": sum(float(master.double().sum()) for master in kept),
+    }
+    groups.shutdown(keep_world=True)
+
+
 def single(trainer: Trainer) -> None:
     trainer.train("plain")
+    reload_masters(trainer)
     trainer.train("watched", sentinel={"action": "warn"})
     trainer.train("bad", bad=(2,), sentinel={})
     trainer.train("bad-unwatched", bad=(2,))

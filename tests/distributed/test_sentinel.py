@@ -111,3 +111,12 @@ def test_a_restart_goes_on_with_what_was_decided(folder):
     # The first step after the restart already computes layer 2 in BF16: losses go on bitwise.
     assert losses(folder / "halted") == losses(folder / "bad")
     assert notes(folder, "single")["halted"]["weights"] == notes(folder, "single")["bad"]["weights"]
+
+
+def test_weights_kept_in_fp8_are_loaded_by_way_of_their_masters(folder):
+    """Done here to weights in BF16: that the optimizer's own methods do what loading FP8 weights asks of them."""
+    noted = notes(folder, "single")["masters"]
+    assert noted["cast"]
+    exact, taken = noted["unrounded"]
+    assert taken == pytest.approx(exact, rel=1e-9)
+    assert noted["rounded"] != pytest.approx(exact, rel=1e-9)

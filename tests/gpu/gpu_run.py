@@ -35,7 +35,7 @@ def write_run(folder: Path) -> Path:
             "sequence_length": 256,
         },
         "batch": {"global_batch": 4, "micro_batch": 2},
-        "schedule": {"learning_rate": 1e-3, "warmup": 2 * STEP_TOKENS, "tokens": STEPS * STEP_TOKENS},
+        "schedule": {"learning_rate": 5e-3, "warmup": 2 * STEP_TOKENS, "tokens": STEPS * STEP_TOKENS},
         "checkpoint": {"every": 100 * STEP_TOKENS},
         "timeout_minutes": 2,
     }

@@ -60,8 +60,8 @@ def test_a_spoilt_layer_is_found_by_name_moved_and_stays_moved(gpu):
     assert halted == whole
 
 
-def test_a_layer_with_weights_in_fp8_can_be_moved(gpu):
-    asked = f"fp8={{parameters: true, sentinel: {{{WATCH}, action: run, grad_tolerance: 1.0e-9}}}}"
-    losses, state = gpu.train("moved", asked.replace("grad_tolerance: 0.5, ", ""), until=6)
+def test_layers_with_weights_in_fp8_can_be_moved(gpu):
+    strict = "every: 2, patience: 1, loss_tolerance: 1.0e-9, grad_tolerance: 1.0e-9, action: run"
+    losses, state = gpu.train("moved", f"fp8={{parameters: true, sentinel: {{{strict}}}}}", until=6)
     assert state.memory["sentinel"]["bf16"] == [0, 1, 2, 3]
     assert losses[-1][0] < losses[0][0]
