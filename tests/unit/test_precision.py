@@ -84,3 +84,19 @@ def test_a_failing_layer_leaves_the_switch_as_it_was(precision):
     with pytest.raises(TypeError):
         precision.layers[0](None)
     assert precision.world.fp8
+
+
+def test_the_master_of_a_weight_in_fp8_is_the_drawn_value_and_not_its_rounding():
+    """TransformerEngine remembers a weight before rounding it; what it remembers must be what was drawn."""
+    from megatron_octo.config.model import ModelConfig
+    from megatron_octo.model.initialise import _draw
+
+    model = ModelConfig(layers=2, hidden=32, heads=4, kv_groups=2, ffn=64, vocabulary=91)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    plain, kept = (torch.zeros(32, 64, dtype=torch.bfloat16) for _ in range(2))
+    kept._high_precision_init_val = torch.full((32, 64), 7.0)
+    for weight in (plain, kept):
+        _draw(weight, name, model, 1, (0, 1))
+    assert plain.any()
+    assert torch.equal(kept._high_precision_init_val, plain)
+    assert not hasattr(plain, "_high_precision_init_val")
