@@ -44,8 +44,10 @@ class Metrics:
 def metric_line(state: TrainState, facts: StepFacts) -> dict[str, Any]:
     """One step as an object: positions in tokens, loss per token, rates, seconds, layout, Unix time.
 
-    A step whose gradients were not used says `skipped` and why. JSON has no NaN: what is not finite is null.
+    A step whose gradients were not used says `skipped` and why, and one after the FP8 sentinel moved layers says which
+    are in BF16. JSON has no NaN: what is not finite is null.
     """
+    moved = state.memory.get("sentinel", {}).get("bf16")
     used = {} if facts.verdict is Verdict.UPDATE else {"skipped": True, "why": facts.why}
     return {
         "step": state.step,
@@ -59,6 +61,7 @@ def metric_line(state: TrainState, facts: StepFacts) -> dict[str, Any]:
         "layout": state.run.parallel.label,
         "time": round(time.time(), 3),
         **used,
+        **({"bf16_layers": moved} if moved else {}),
     }
 
 

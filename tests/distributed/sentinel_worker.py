@@ -103,8 +103,8 @@ class Trainer:
             rounding.install(models)
             return models
 
-        def hooks(engine: Any, state: Any, last: int) -> Any:
-            made = default_hooks(engine, state, last)
+        def hooks(engine: Any, state: Any, *others: Any) -> Any:
+            made = default_hooks(engine, state, *others)
             if sentinel is not None:
                 config = SentinelConfig(**{**NORMAL, **sentinel})
                 made._hooks.insert(0, Sentinel(engine, Precision(state.models, rounding.off), config))

@@ -90,6 +90,7 @@ def test_a_bad_layer_is_found_by_name_and_moved_and_the_run_is_good_again(folder
     assert lines[0]["excess"] > 1
     assert lines[-1]["bf16"] == [2]
     assert lines[-1]["excess"] < 1
+    assert [line.get("bf16_layers") for line in metrics(folder / "bad")] == [None] * 3 + [[2]] * 9
     (line,) = [line for line in said(folder, "single") if "layer 2 moves" in line][:1]
     assert "step 4" in line and "2 comparisons in a row" in line
 

@@ -67,10 +67,10 @@ class Gpu:
         from megatron_octo.train import loop
         from megatron_octo.train.api import load_run
 
-        def hooks(engine: Any, state: Any, last: int) -> Any:
+        def hooks(engine: Any, state: Any, *others: Any) -> Any:
             if prepare is not None:
                 prepare(state)
-            return plain(engine, state, last)
+            return plain(engine, state, *others)
 
         FP8GlobalStateManager.reset()
         run, plain = load_run(self.path, [f"out={self.folder / name}", *overrides]), loop.default_hooks
