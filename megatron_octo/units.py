@@ -51,6 +51,14 @@ def format_tokens(count: int) -> str:
     return str(count)
 
 
+def format_flops(count: float) -> str:
+    """Write floating-point operations with a prefix, three significant digits: 9.89e14 -> '989 T'; a unit follows."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "K")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {prefix}"
+    return f"{count:.3g} "
+
+
 def format_bytes(count: float) -> str:
     """Write a byte count with a binary suffix: 1536 -> '1.5 KiB'."""
     for suffix in ("B", "KiB", "MiB", "GiB"):

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_octo.campaign.stages import Stage
 from megatron_octo.campaign.state import read_progress, read_state
-from megatron_octo.units import format_duration, format_tokens
+from megatron_octo.progress import describe_amount, describe_facts
+from megatron_octo.units import format_duration
 
 _SECONDS_BETWEEN_LINES = 10.0
 _MARKS = {
@@ -90,16 +91,10 @@ def _describe(progress: dict[str, Any]) -> str:
     if not progress:
         return "starting"
     done, total, unit = progress["done"], progress["total"], progress["unit"]
-    parts = [progress["label"], f"{_amount(done, unit)} {unit}"]
+    parts = [progress["label"], describe_amount(done, total, unit), *describe_facts(progress["facts"])]
     if total:
-        parts[1:] = [f"{done / total:4.0%}", f"{_amount(done, unit)} of {_amount(total, unit)} {unit}"]
-    for name, value in progress["facts"].items():
-        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        parts.insert(1, f"{done / total:4.0%}")
     here, spent = done - progress["before"], progress["time"] - progress["began"]
     if total and done < total and here > 0 and spent > 0:
         parts.append(f"eta {format_duration(spent * (total - done) / here)}")
     return "  ".join(parts)
-
-
-def _amount(count: float, unit: str) -> str:
-    return format_tokens(int(count)) if unit == "tokens" else f"{count:g}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from megatron_octo.config.model import ModelConfig
 
+FLOPS_CONVENTION = "6 per matrix weight, attention counted causal, no recompute"
+"""What `flops_per_token` counts, in a line for people."""
+
 
 def parameter_count(model: ModelConfig) -> int:
     """Parameters as published: without padded vocabulary rows, tied embeddings counted once."""

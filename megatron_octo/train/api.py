@@ -16,7 +16,8 @@ from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
 from megatron_octo.runtime.accelerator import asks_for_accelerator, check, look
 from megatron_octo.runtime.stop import STOPPED, nothing_to_save
-from megatron_octo.train.start import last_step, plan_start
+from megatron_octo.train.describe import describe_run
+from megatron_octo.train.start import PROFILE, last_step, plan_start
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -68,6 +69,9 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     for line in remarks(run, start, needs(start.run, start.first_window)):
         print(f"octo: {line}", file=sys.stderr)
     arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
+    shown = PROGRESS_VARIABLE not in os.environ
+    if shown:
+        print(describe_run(start.run, start.step, last), file=sys.stderr, flush=True)
     with _mirrored_progress(run, start.step, last) as (environment, watch):
         launch(
             "megatron_octo.train",
@@ -80,18 +84,21 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
             grace=run.stop_grace_seconds,
             stopped_code=STOPPED,
         )
+    times = run.out / PROFILE / "run.txt"
+    if shown and times.is_file():
+        print(f"\n{times.read_text(encoding='utf-8')}", file=sys.stderr, end="", flush=True)
 
 
 @contextmanager
 def _mirrored_progress(run: RunConfig, step: int, last: int) -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
-    """Show on this terminal what the ranks, whose output goes to logs, write to a progress file."""
-    if PROGRESS_VARIABLE in os.environ or not sys.stderr.isatty():
+    """Show here what the ranks, whose output goes to logs, write to a progress file; under a campaign, nothing."""
+    if PROGRESS_VARIABLE in os.environ:
         yield {}, lambda: None
         return
     run.out.mkdir(parents=True, exist_ok=True)
     file = run.out / ".progress.json"
     file.unlink(missing_ok=True)
-    with Progress(run.name, last * run.tokens_per_step, done=step * run.tokens_per_step) as bar:
+    with Progress(run.name, last * run.tokens_per_step, done=step * run.tokens_per_step, lines=True) as bar:
 
         def watch() -> None:
             seen = read_json(file)

@@ -1,89 +1,88 @@
-"""What a run tells about each step: a line of metrics.jsonl and TensorBoard scalars."""
+"""What a run tells about each step: lines of JSON, one object each, that a kill or a full disk cannot tear."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any
 
-from megatron_octo.config.run import RunConfig
+import torch
+
+from megatron_octo.train.cost import Cost
 from megatron_octo.train.facts import StepFacts, Verdict
-from megatron_octo.train.start import METRICS
+from megatron_octo.train.start import cut_metrics
 from megatron_octo.train.state import TrainState
 
-TENSORBOARD = "tensorboard"
-_SCALARS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
+class LineFile:
+    """A file of JSON objects, one a line, opened for appending."""
 
-class Metrics:
-    """Writes the metrics of one run; exactly one process holds one.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
 
-    Args:
-        run: the run.
-        step: steps already taken; later TensorBoard points of a killed attempt are hidden.
-    """
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-    def __init__(self, run: RunConfig, step: int) -> None:
-        self._file = os.open(run.out / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._board = _Board(str(run.out / TENSORBOARD), step)
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line in one write, so that a kill never leaves two halves of different lines.
 
-    def write(self, state: TrainState, facts: StepFacts) -> None:
-        """Write one step: a single append, so that a kill never leaves two halves of different lines."""
-        line = metric_line(state, facts)
-        os.write(self._file, (json.dumps(line) + "\n").encode())
-        self._board.write(state.step, {name: line[name] for name in _SCALARS if line[name] is not None})
+        Numbers that are not finite, which JSON does not know, become null.
+
+        Raises:
+            OSError: it does not fit on the disk; what was written of it is no line, and is cut when the run goes on.
+        """
+        content = (json.dumps(finite(line), allow_nan=False) + "\n").encode()
+        if os.write(self._file, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+    def cut(self, step: int) -> None:
+        """Drop the lines of later steps and go on behind the others."""
+        self.close()
+        cut_metrics(self._path, step)
+        self._open()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Close the file."""
         os.close(self._file)
-        self._board.close()
 
 
-def metric_line(state: TrainState, facts: StepFacts) -> dict[str, Any]:
-    """One step as an object: positions in tokens, loss per token, rates, seconds, layout, Unix time.
+def metric_line(state: TrainState, facts: StepFacts, cost: Cost) -> dict[str, Any]:
+    """One step as an object: positions in tokens, loss per token, rates, seconds in all and by phase, Unix time.
 
-    A step whose gradients were not used says `skipped` and why, and one after the FP8 sentinel moved layers says which
-    are in BF16. JSON has no NaN: what is not finite is null.
+    Only where they apply: `skipped` and `why` (the gradients were not used), `bf16_layers` (those the FP8 sentinel moved)
+    and, on a GPU, `memory_peak_bytes` of this process since its start.
     """
-    moved = state.memory.get("sentinel", {}).get("bf16")
-    used = {} if facts.verdict is Verdict.UPDATE else {"skipped": True, "why": facts.why}
-    return {
+    speed = state.run.tokens_per_step / facts.seconds if facts.seconds else None
+    line = {
         "step": state.step,
         "tokens": state.tokens,
         "run_tokens": state.run_tokens,
-        "loss": _finite(facts.loss),
+        "loss": facts.loss,
         "learning_rate": facts.learning_rate,
-        "grad_norm": _finite(facts.grad_norm),
-        "tokens_per_second": round(state.run.tokens_per_step / facts.seconds, 1) if facts.seconds else None,
+        "grad_norm": facts.grad_norm,
+        "tokens_per_second": speed and round(speed, 1),
+        **(cost.rates(speed) if speed else {}),
         "seconds": round(facts.seconds, 5),
+        "phases": {name: round(seconds, 5) for name, seconds in facts.phases.items()},
         "layout": state.run.parallel.label,
         "time": round(time.time(), 3),
-        **used,
-        **({"bf16_layers": moved} if moved else {}),
     }
+    if facts.verdict is not Verdict.UPDATE:
+        line |= {"skipped": True, "why": facts.why}
+    if moved := state.memory.get("sentinel", {}).get("bf16"):
+        line["bf16_layers"] = moved
+    if torch.cuda.is_available():
+        line["memory_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return line
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-class _Board:
-    """TensorBoard events through its own writer: torch's wrapper costs seconds of imports at start."""
-
-    def __init__(self, directory: str, step: int) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = EventFileWriter(directory)
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=log))
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        values = [self._summary.Value(tag=f"train/{name}", simple_value=value) for name, value in scalars.items()]
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
-
-    def close(self) -> None:
-        self._writer.close()
+def finite(value: Any) -> Any:
+    """A value made of JSON's types with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

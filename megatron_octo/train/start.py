@@ -21,12 +21,17 @@ from megatron_octo.checkpoint.store import (
 from megatron_octo.config.load import differences, dump_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.held_out import open_held_out
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
 from megatron_octo.train.change import continued, stored_run
+from megatron_octo.train.loggers import check_loggers
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+STATISTICS = "statistics.jsonl"
+PROFILE = "profile"
 CONFIG = "config.yaml"
 REWINDS = "rewinds.json"
 """Which batches are passed over, and why: the file, and the name of the same list in a checkpoint's memory."""
@@ -69,10 +74,13 @@ def plan_start(run: RunConfig) -> Start:
         ConfigError: the run exists and differs in a field that may not change, or a branch does not continue
             its parent.
         CheckpointError: a pointer, parent or checkpoint is not there, or checkpoints are without a seal.
-        DataError: a new run's tokenizer is not there.
-        EnvironmentProblem: the run directory is a file.
+        DataError: a new run's tokenizer is not there, or a source of the validation is missing or unfit.
+        EnvironmentProblem: the run directory is a file, or a logger's package is not installed.
     """
     check_place(run.out)
+    check_loggers(run)
+    if run.validation is not None:
+        open_held_out(run)
     if has_checkpoint(run.out):
         return _resume(run)
     check_tokenizer_directory(run)
@@ -129,8 +137,8 @@ def open_run(run: RunConfig) -> Start:
     """Make a run directory ready to train in; only rank 0, holding the lock, may call this.
 
     Removes what a killed save left, writes `config.yaml` and a branch's `lineage.json`, tells a parent of its new
-    branch, and cuts lines of `metrics.jsonl` that lie beyond the checkpoint. A rewind that was cut off is completed:
-    its list is in a file.
+    branch, and cuts lines of `metrics.jsonl` and its companions that lie beyond the checkpoint. A rewind that was cut
+    off is completed: its list is in a file.
 
     Raises:
         ConfigError: see `plan_start`.
@@ -143,7 +151,7 @@ def open_run(run: RunConfig) -> Start:
         write_json(run.out / LINEAGE, start.lineage)
         if start.step == 0:
             _tell_parent(run, start.lineage)
-    cut_metrics(run.out / METRICS, start.step)
+    cut_records(run.out, start.step)
     if start.step == 0:
         (run.out / REWINDS).unlink(missing_ok=True)
     rewinds = known_rewinds(run.out, start.memory)
@@ -185,6 +193,12 @@ def only_trainer(run_dir: Path) -> IO[str]:
         ) from None
     except OSError as error:
         raise EnvironmentProblem(f"{run_dir}: cannot be written ({error.strerror})", fix="check `out`") from None
+
+
+def cut_records(out: Path, step: int) -> None:
+    """Cut every file of a run directory that has a line for a step; see `cut_metrics`."""
+    for name in (METRICS, VALIDATION, STATISTICS):
+        cut_metrics(out / name, step)
 
 
 def cut_metrics(path: Path, step: int) -> None:

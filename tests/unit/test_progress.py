@@ -29,7 +29,9 @@ def written(monkeypatch, tmp_path: Path, clock, total: float | None, done: float
 
 
 def test_estimate(monkeypatch, tmp_path, clock):
-    assert _describe(written(monkeypatch, tmp_path, clock, 40)) == "train   25%  10 of 40 problems  loss 0.5  eta 30s"
+    assert (
+        _describe(written(monkeypatch, tmp_path, clock, 40)) == "train   25%  10 of 40 problems  loss 0.5000  eta 30s"
+    )
 
 
 def test_a_resumed_stage_is_not_taken_for_a_fast_one(monkeypatch, tmp_path, clock):
@@ -37,4 +39,4 @@ def test_a_resumed_stage_is_not_taken_for_a_fast_one(monkeypatch, tmp_path, cloc
 
 
 def test_an_unknown_total_gives_no_share_and_no_estimate(monkeypatch, tmp_path, clock):
-    assert _describe(written(monkeypatch, tmp_path, clock, None)) == "train  10 problems  loss 0.5"
+    assert _describe(written(monkeypatch, tmp_path, clock, None)) == "train  10 problems  loss 0.5000"
