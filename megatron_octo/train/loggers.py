@@ -7,6 +7,7 @@ them: one that fails is named once and switched off, and training goes on.
 from __future__ import annotations
 
 import importlib.util
+import math
 import secrets
 import sys
 import time
@@ -65,9 +66,9 @@ class Loggers:
 
         Args:
             step: optimizer steps taken.
-            scalars: "group/name" -> value; what is None is left out.
+            scalars: "group/name" -> value; what is None or not finite is left out.
         """
-        points = {name: value for name, value in scalars.items() if value is not None}
+        points = {name: value for name, value in scalars.items() if value is not None and math.isfinite(value)}
         for name, sink in list(self._sinks.items()):
             self._try(name, lambda sink=sink: sink.write(step, points))
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import math
+import os
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -44,7 +48,7 @@ def points(run: RunConfig) -> list[tuple[int, str, float]]:
 def test_tensorboard_gets_points_and_nothing_for_what_is_no_number(tmp_path):
     run, loggers = run_of(tmp_path), Loggers()
     loggers.open(run, 0)
-    loggers.write(1, {"train/loss": 2.5, "train/grad_norm": None})
+    loggers.write(1, {"train/loss": 2.5, "train/grad_norm": None, "train/mfu": math.nan})
     loggers.close()
     assert points(run) == [(1, "train/loss", 2.5)]
 
@@ -103,13 +107,43 @@ def test_wandb_keeps_one_run_over_restarts_and_no_secret(tmp_path, monkeypatch):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
+def online(tmp_path, **variables: str) -> subprocess.CompletedProcess:
+    """An online run in a process of its own, whose W&B service is a port where nobody answers."""
+    run = run_of(tmp_path, tensorboard=False, wandb={"project": "p"})
+    run.out.mkdir()
+    (tmp_path / "run.json").write_text(run.model_dump_json())
+    code = (
+        "import pathlib, sys; from megatron_octo.config.run import RunConfig; from megatron_octo.train import loggers\n"
+        "loggers._WANDB_PATIENCE = 3\n"
+        f"run = RunConfig.model_validate_json(pathlib.Path({str(tmp_path / 'run.json')!r}).read_text())\n"
+        "log = loggers.Loggers(); log.open(run, 0); log.write(1, {'train/loss': 2.5}); log.close()"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @needs_wandb
-def test_wandb_without_a_key_is_refused(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(EnvironmentProblem, match="WANDB_API_KEY"):
-        Loggers().open(run_of(tmp_path, tensorboard=False, wandb={"project": "p"}), 0)
+def test_wandb_without_a_key_is_refused(tmp_path):
+    ended = online(tmp_path)
+    assert "EnvironmentProblem" in ended.stderr
+    assert ended.returncode
+
+
+@needs_wandb
+def test_wandb_that_does_not_answer_is_logged_offline(tmp_path):
+    ended = online(tmp_path, WANDB_API_KEY=KEY)
+    assert ended.returncode == 0, ended.stderr
+    assert "logging offline" in ended.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert KEY not in ended.stderr
 
 
 def test_the_configuration_has_no_place_for_a_key(tmp_path):
