@@ -54,8 +54,8 @@ class LineFile:
 def metric_line(state: TrainState, facts: StepFacts, cost: Cost) -> dict[str, Any]:
     """One step as an object: positions in tokens, loss per token, rates, seconds in all and by phase, Unix time.
 
-    Only where they apply: `skipped` and `why` (the gradients were not used), `bf16_layers` (those the FP8 sentinel moved)
-    and, on a GPU, `memory_peak_bytes` of this process since its start.
+    Only where they apply: `skipped` and `why` (the gradients were not used), `bf16_layers` (those that the FP8 sentinel
+    moved) and, on a GPU, `memory_peak_bytes` of this process since its start.
     """
     speed = state.run.tokens_per_step / facts.seconds if facts.seconds else None
     line = {
