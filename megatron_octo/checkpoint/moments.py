@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,6 +32,35 @@ def values_as_they_are(optimizer: Any) -> Iterator[None]:
     finally:
         for one in changed:
             del one.get_parameter_state_dp_zero
+
+
+@contextmanager
+def places_without_gaps(optimizer: Any) -> Iterator[None]:
+    """While open, the places of parameters in gradient buffers are those of the tensors that are saved.
+
+    A buffer pads each of its buckets to a size that data-parallel ranks can share; the tensors megatron-core gathers
+    for a checkpoint leave the padding out, and are then cut at places that count it. With more than one bucket
+    (overlapped reduction, or tied embeddings on two pipeline stages) and any padding (a data-parallel size that is no
+    power of two does it to any model), every parameter behind the first gap was saved with its neighbours' moments and
+    fp32 weights, and no error: 0.16.1, measured by `tests/distributed/test_reshard.py`.
+
+    Args:
+        optimizer: Megatron's optimizer; one that is not distributed has no such places.
+    """
+    buffers = [buffer for one in optimizer.chained_optimizers for buffer in getattr(one, "buffers", [])]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        gaps = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = list(accumulate(gaps, initial=0))
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 def _has_all(optimizer: Any) -> bool:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_octo.checkpoint.dist import stored_names
-from megatron_octo.checkpoint.moments import values_as_they_are
+from megatron_octo.checkpoint.moments import places_without_gaps, values_as_they_are
 from megatron_octo.checkpoint.part import COMMON, Part, write_parts
 from megatron_octo.errors import CheckpointError
 
@@ -180,7 +180,8 @@ def _describe(chunks: Chunks, optimizer: Any, *, loading: bool = False) -> dict[
     _drop_empty_objects(state)
     if optimizer is not None:
         models = dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=how)
+        with places_without_gaps(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=how)
     return state
 
 

@@ -12,12 +12,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megatron_octo.config.run import RunConfig
 from megatron_octo.runtime import groups, quick_import
 
 quick_import.import_megatron()  # before the modules below import it
@@ -32,34 +30,10 @@ from megatron_octo.train.hooks.base import Hooks
 from megatron_octo.train.setup import Engine, build_optimizer, wrap
 from megatron_octo.train.state import TrainState
 from megatron_octo.train.step import train_step
+from megatron_octo.train.tiny import Case
 
 _PATTERNS, _NOISE, _MASKED = 4, 0.1, 0.1
 _SEED = 7
-
-
-class Case(NamedTuple):
-    """What one trace runs.
-
-    Args:
-        run: model, layout, precision, batch sizes, optimizer and seed; its data and directory are not used.
-        steps: optimizer steps.
-        bucket: parameters that are reduced together where reduction overlaps; None for megatron-core's default.
-        nudge: move each initial weight to a neighbouring number, up or down as this seed says; None leaves them.
-    """
-
-    run: RunConfig
-    steps: int
-    bucket: int | None = None
-    nudge: int | None = None
-
-    def dump(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**self._asdict(), "run": self.run.model_dump(mode="json")}
-
-    @classmethod
-    def load(cls, values: dict[str, Any]) -> Case:
-        """Read what `dump` gave."""
-        return cls(**{**values, "run": RunConfig.model_validate(values["run"])})
 
 
 class Patterns:
@@ -125,10 +99,8 @@ def nudge(chunks: list[torch.nn.Module], seed: int) -> None:
                 weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf).to(weight)))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Trace each case of CASES.json, {name: case}, one after another; rank 0 writes OUT_DIR/<name>.json."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    source, out = (Path(text) for text in arguments or sys.argv[1:])
+def run_cases(source: Path, out: Path) -> None:
+    """Trace each case of a JSON file, {name: case}, one after another; rank 0 writes out/<name>.json."""
     cases = {name: Case.load(values) for name, values in json.loads(source.read_text(encoding="utf-8")).items()}
     with Progress("steps", sum(case.steps for case in cases.values()), "steps") as progress:
         for name, case in cases.items():
@@ -138,6 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
                 progress.advance()
             if dist.get_rank() == 0:
                 (out / f"{name}.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+def main() -> None:
+    """Trace the cases named on the command line as one rank."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    run_cases(Path(sys.argv[1]), Path(sys.argv[2]))
     dist.destroy_process_group()
 
 
