@@ -1,160 +1,100 @@
-"""One rank of the layout parity tests: a few real optimizer steps in each of several layouts, one after another.
+"""One rank of the layout tests: traces cases, and looks at what overlaps and what is recomputed.
 
-Started by `launch` as `python -m layout_worker CASES.json OUT_DIR`; the reporting rank writes OUT_DIR/<name>.json.
+Started by `launch` as `python -m layout_worker CASES.json OUT_DIR [overlap|recompute]`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_batch_on_this_cp_rank
+import torch.distributed as dist
+from tiny_layouts import case
+from tiny_layouts import overlaps as both
 
-from megatron_octo.config.layout import ParallelConfig
-from megatron_octo.config.model import ModelConfig
-from megatron_octo.config.run import OptimizerConfig
-from megatron_octo.model.build import build_chunks
-from megatron_octo.model.translate import ddp_config, optimizer_config
-from megatron_octo.runtime.groups import Runtime, initialize, shutdown
-
-MODEL = {
-    "layers": 4,
-    "hidden": 64,
-    "heads": 8,
-    "kv_groups": 4,
-    "ffn": 176,
-    "vocabulary": 200,
-    "rope_scaling": {"factor": 8},
-}
-
-# Adam divides a gradient by its own size: with the usual 1e-8 a rounding error in a gradient near zero
-# becomes a whole step, and layouts drift apart by 1e-6 a step for no fault of their own.
-ADAM = OptimizerConfig(epsilon=1e-6)
+from megatron_octo.model.layers import CausalAttention
+from megatron_octo.train import trace
+from megatron_octo.train.forward import run_batches
+from megatron_octo.train.hooks.base import Hooks
+from megatron_octo.train.step import train_step
+from megatron_octo.train.tiny import Case
 
 
-@dataclass(frozen=True)
-class Case:
-    """A layout, and what is trained in it."""
-
-    name: str
-    parallel: ParallelConfig
-    model: ModelConfig
-    dtype: str = "fp32"
-    steps: int = 5
-    sequences: int = 8
-    length: int = 64
-
-    @classmethod
-    def read(cls, name: str, values: dict) -> Case:
-        values = dict(values)
-        parallel = ParallelConfig(**values.pop("parallel", {}))
-        return cls(name, parallel, ModelConfig(**{**MODEL, **values.pop("model", {})}), **values)
+def overlap() -> dict[str, Any]:
+    """Which messages are under way while layers compute, in the second step (the first one only counts gradients)."""
+    return {
+        "with": messages(case(parallel={"data": 2, **both})),
+        "without": messages(case(parallel={"data": 2})),
+        "other count": after_another_count(case(parallel={"data": 2, **both}, batch={"micro_batch": 1})),
+    }
 
 
-def samples(case: Case, step: int) -> dict[str, torch.Tensor]:
-    """The global batch of one step: noisy repetitions, so that there is something to learn, and a loss mask."""
-    fixed = torch.Generator().manual_seed(7)
-    patterns = torch.randint(0, case.model.vocabulary, (4, case.length + 1), generator=fixed)
-    fresh = torch.Generator().manual_seed(100 + step)
-    tokens = patterns[torch.randint(0, 4, (case.sequences,), generator=fresh)]
-    noise = torch.rand(tokens.shape, generator=fresh) < 0.1
-    tokens = torch.where(noise, torch.randint(0, case.model.vocabulary, tokens.shape, generator=fresh), tokens)
-    mask = (torch.rand(case.sequences, case.length, generator=fresh) < 0.9).float()
-    positions = torch.arange(case.length)[None].expand(case.sequences, -1)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
+def messages(which: Case) -> dict[str, int]:
+    """How often a layer began its forward, or ended its backward, while a gather, or a reduction, was under way."""
+    seen: Counter[str] = Counter()
+    with trace.training(which) as (engine, state):
+        groups = state.chunks[0].bucket_groups
+
+        def forward(*_: Any) -> None:
+            seen["gather"] += any(group.param_gather_handle is not None for group in groups)
+
+        def backward(*_: Any) -> None:
+            seen["reduce"] += any(group.grad_reduce_handle is not None for group in groups)
+
+        for layer in state.models[0].decoder.layers:
+            layer.register_forward_pre_hook(forward)
+            layer.register_full_backward_hook(backward)
+        for _ in range(2):
+            seen.clear()
+            train_step(engine, state, Hooks([], state))
+    return {"buckets": len(groups), "gather": seen["gather"], "reduce": seen["reduce"]}
 
 
-def micro_batches(case: Case, runtime: Runtime, step: int, size: int) -> Iterator[dict[str, torch.Tensor]]:
-    share = case.sequences // runtime.data_size
-    for start in range(runtime.data_rank * share, (runtime.data_rank + 1) * share, size):
-        batch = {name: tensor[start : start + size].contiguous() for name, tensor in samples(case, step).items()}
-        yield get_batch_on_this_cp_rank(batch) if case.parallel.context > 1 else batch
+def after_another_count(which: Case) -> list[dict[str, float]]:
+    """Take steps after gradients of fewer micro-batches were computed and thrown away."""
+    with trace.training(which) as (engine, state):
+        run_batches(engine, state, engine.batches.of_step(0)[:1])
+        facts = [train_step(engine, state, Hooks([], state)) for _ in range(which.steps)]
+    return [{"loss": fact.loss, "norm": fact.grad_norm} for fact in facts]
 
 
-def forward(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module):
-    batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def loss(output: torch.Tensor):
-        total = (output.float() * batch["loss_mask"]).sum()
-        count = batch["loss_mask"].sum().int()
-        return total, count, {"loss": torch.stack([total.detach(), count.float()])}
-
-    return output, loss
-
-
-class Training:
-    """Model, optimizer and schedule of one case."""
-
-    def __init__(self, case: Case, runtime: Runtime) -> None:
-        self.case, self.runtime = case, runtime
-        chunks = build_chunks(case.model, case.parallel, case.dtype, seed=5)
-        config = chunks[0].config
-        if case.dtype == "bf16":
-            chunks = [Float16Module(config, chunk) for chunk in chunks]
-        reduction = ddp_config(case.parallel)
-        self.chunks = [
-            DistributedDataParallel(config, reduction, chunk, disable_bucketing=number > 0)
-            for number, chunk in enumerate(chunks)
-        ]
-        self.optimizer = get_megatron_optimizer(optimizer_config(ADAM, 3e-3, case.dtype, case.parallel), self.chunks)
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss
-        self.schedule = get_forward_backward_func()
-
-    def step(self, number: int, micro: int = 1) -> tuple[float | None, float]:
-        """One optimizer step -> (mean loss per token where this rank knows it, gradient norm)."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        several = len(self.chunks) > 1
-        streams = [micro_batches(self.case, self.runtime, number, micro) for _ in self.chunks]
-        losses = self.schedule(
-            forward_step_func=forward,
-            data_iterator=streams if several else streams[0],
-            model=self.chunks if several else self.chunks[0],
-            num_microbatches=self.case.sequences // self.runtime.data_size // micro,
-            seq_length=self.case.length,
-            micro_batch_size=micro,
-            forward_only=False,
-        )
-        done, norm, _ = self.optimizer.step()
-        assert done
-        if not self.runtime.is_last_stage:
-            return None, float(norm)
-        total = torch.stack([loss["loss"] for loss in losses]).sum(0)
-        torch.distributed.all_reduce(total, group=self.runtime.data_context_group)
-        return (total[0] / total[1]).item(), float(norm)
+def recompute() -> dict[str, dict[str, int]]:
+    """How often attention and layers run in one step, by kind of recomputation."""
+    kinds = {
+        "none": {},
+        "selective": {"kind": "selective"},
+        "full": {"kind": "full", "layers": 2},
+        "block": {"kind": "full", "method": "block", "layers": 3},
+    }
+    return {name: passes(case(batch={"micro_batch": 4}, recompute=kind)) for name, kind in kinds.items()}
 
 
-def run_case(case: Case, out: Path | None = None) -> dict[str, list[float]]:
-    """Train a case in the processes that are there; the result is complete on the last stage."""
-    runtime = initialize(case.parallel, seed=3, timeout_minutes=1)
-    try:
-        training = Training(case, runtime)
-        steps = [training.step(number) for number in range(case.steps)]
-        result = {"losses": [loss for loss, _ in steps], "norms": [norm for _, norm in steps]}
-        if out is not None and runtime.is_reporter:
-            (out / f"{case.name}.json").write_text(json.dumps(result))
-        return result
-    finally:
-        shutdown(keep_world=True)
+def passes(which: Case) -> dict[str, int]:
+    seen: Counter[str] = Counter()
+    with trace.training(which) as (engine, state):
+        for layer in state.models[0].decoder.layers:
+            layer.register_forward_pre_hook(lambda *_: seen.update(["layer"]))
+        for module in state.models[0].modules():
+            if isinstance(module, CausalAttention):
+                module.register_forward_pre_hook(lambda *_: seen.update(["attention"]))
+        train_step(engine, state, Hooks([], state))
+    return dict(seen)
 
 
 def main() -> None:
-    out = Path(sys.argv[2])
-    for name, values in json.loads(Path(sys.argv[1]).read_text()).items():
-        run_case(Case.read(name, values), out)
-    torch.distributed.destroy_process_group()
+    source, out, *looks = sys.argv[1:]
+    trace.run_cases(Path(source), Path(out))
+    for look in looks:
+        found = {"overlap": overlap, "recompute": recompute}[look]()
+        if dist.get_rank() == 0:
+            (Path(out) / f"{look}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
     main()
