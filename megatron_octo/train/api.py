@@ -12,6 +12,7 @@ from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
 from megatron_octo.config.recipes import find_recipe
 from megatron_octo.config.run import RunConfig
+from megatron_octo.errors import ConfigError
 from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
 from megatron_octo.runtime.accelerator import asks_for_accelerator, check, look
@@ -33,6 +34,24 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     run = load_config(RunConfig, find_recipe(path, "runs"), overrides)
     check_run(run)
     return run
+
+
+def spread_over(path: Path, overrides: list[str], nproc: int) -> list[str]:
+    """Overrides that make a run use `nproc` processes: data parallelism is what tensor, pipeline and context leave.
+
+    Raises:
+        ConfigError: the run file is wrong, or the processes do not divide.
+    """
+    parallel = load_config(RunConfig, find_recipe(path, "runs"), overrides).parallel
+    ways = parallel.processes // parallel.data
+    if nproc % ways:
+        raise ConfigError(
+            f"--nproc {nproc} is not divisible by parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+            f"x context {parallel.context} = {ways}",
+            "data parallelism is what they leave of the processes, a whole number",
+            f"start a multiple of {ways}, or change parallel.*",
+        )
+    return [*overrides, f"parallel.data={nproc // ways}"]
 
 
 def train_run(path: Path, overrides: list[str] | None = None, until: int | None = None) -> None:
