@@ -23,7 +23,8 @@ CMD ["bash", "tools/demo.sh", "--out", "runs/demo"]
 
 # The base brings torch, CUDA, TransformerEngine and NVIDIA's apex, built for each other; only what it lacks is added,
 # so our torch pin does not apply here, and of the base's own pins (PIP_CONSTRAINT) only torch's stays. Never built or
-# run by the project's own tests: there is no GPU in CI.
+# run by the project's own tests: there is no GPU in CI. A base whose TransformerEngine megatron-core does not work with
+# ends the build here, with the reason.
 FROM ${CUDA_IMAGE} AS gpu
 WORKDIR /octo
 COPY requirements.txt pyproject.toml README.md ./
@@ -32,5 +33,7 @@ RUN grep -v '^torch==' requirements.txt > /tmp/gpu-requirements.txt \
     && PIP_CONSTRAINT=/tmp/keep-torch.txt pip install --no-cache-dir -r /tmp/gpu-requirements.txt
 COPY . .
 RUN pip install --no-cache-dir --no-deps -e . \
-    && python -c "import transformer_engine.pytorch, megatron.core, megatron_octo"
+    && python -c "import transformer_engine.pytorch, megatron.core, megatron_octo" \
+    && python -c "from megatron_octo.runtime.accelerator import look, te_problem; from dataclasses import replace; \
+problem = te_problem(replace(look(load=False), gpus=1)); assert problem is None, problem"
 CMD ["bash", "launch/torchrun.sh"]
