@@ -139,7 +139,7 @@ def test_fields_that_are_newer_than_a_checkpoint_have_their_defaults(config):
     for section, fields in (("schedule", ("decay", "shape")), ("checkpoint", ("keep_every",)), ("start", ("fork",))):
         for field in fields:
             del facts["config"][section][field]
-    del facts["config"]["watch"], facts["config"]["optimizer"]["implementation"]
+    del facts["config"]["watch"], facts["config"]["optimizer"]["beta2"]
     path.write_text(json.dumps(facts))
     assert plan_start(config).run == config
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):

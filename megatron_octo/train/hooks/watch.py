@@ -100,5 +100,5 @@ def _out_of_patience(state: TrainState, why: str) -> StageFailed:
         "(watch.patience)",
         "numbers that stay bad are not chance; the last checkpoint was taken before them",
         "look at the data from here on; if the level has changed for good, raise watch.sigma; if training diverges, "
-        "branch from an earlier checkpoint with a lower schedule.learning_rate or optimizer.clip",
+        "start a new run from an earlier one (start.checkpoint) with a lower schedule.learning_rate or optimizer.clip",
     )
