@@ -44,7 +44,7 @@ FIGURES = ("step_overhead", "tokens_per_s_vs_transformers", "async_save_block_ra
 WARM_UP, COMPARED = 3, 4
 PATIENCE = 300.0
 """Seconds after which a first step or a published checkpoint is not waited for any more."""
-UNTIL_SAVE, SAVE_PERIOD = 3, 2000
+UNTIL_SAVE, SAVE_PERIOD = 8, 2000
 """Steps before the measured save, and steps between saves: enough that the next one is never reached."""
 
 _LLAMA = {"family": "llama", "tied_embeddings": False, "max_positions": 512}
@@ -113,9 +113,11 @@ def write_run(folder: Path, shape: dict[str, Any], **changes: Any) -> Path:
 
 
 @contextmanager
-def training(file: Path, *overrides: str, step: int = 0) -> Iterator[tuple[Any, Any, Any]]:
-    """A run that is set up as `octo train` does it -> its engine, state and hooks; it begins at a step."""
+def training(file: Path, *overrides: str) -> Iterator[tuple[Any, Any, Any]]:
+    """A run that is set up as `octo train` does it -> its engine, state and hooks."""
     from megatron_octo.runtime import groups, quick_import
+    from megatron_octo.runtime.stop import StopSignals
+    from megatron_octo.runtime.watchdog import watch_ranks
     from megatron_octo.train.api import load_run
 
     quick_import.import_megatron()
@@ -124,10 +126,12 @@ def training(file: Path, *overrides: str, step: int = 0) -> Iterator[tuple[Any, 
 
     run = load_run(file, list(overrides))
     run.out.mkdir(parents=True, exist_ok=True)
-    engine, state = set_up(run, groups.initialize(run.parallel, run.seed, run.timeout_minutes))
-    state.step = step
-    with default_hooks(engine, state, run.steps) as hooks:
-        yield engine, state, hooks
+    runtime = groups.initialize(run.parallel, run.seed, run.timeout_minutes)
+    with StopSignals() as signals, watch_ranks(runtime, run.timeout_minutes) as watchdog:
+        engine, state = set_up(run, runtime)
+        watchdog.follow(lambda: f"step {state.step + 1} of {run.steps}")
+        with default_hooks(engine, state, run.steps, signals) as hooks:
+            yield engine, state, hooks
 
 
 def octo_steps(folder: Path, stack: ExitStack) -> dict[str, Callable[[], float]]:
