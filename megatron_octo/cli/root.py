@@ -14,6 +14,7 @@ from megatron_octo import __version__
 from megatron_octo.cli import branch, convert, train
 from megatron_octo.cli.shared import AsJson, Overrides, print_facts, print_json
 from megatron_octo.errors import OctoError, machine_problem
+from megatron_octo.runtime.stop import EXIT_CODES
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -29,7 +30,7 @@ _apps = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _g
 _apps |= {"convert": convert.app, "branch": branch.app}
 for _name, _app in _apps.items():
     app.add_typer(_app, name=_name)
-app.command("train")(train.train)
+app.command("train", epilog=EXIT_CODES.replace("\n", "\n\n"))(train.train)
 
 _INTERRUPTED = 128 + signal.SIGINT
 

@@ -102,7 +102,9 @@ class RunConfig(Strict):
     validation: ValidationConfig | None = None
     logging: LoggingConfig = LoggingConfig()
     threads: int | None = Field(default=None, gt=0, description="CPU threads per process; by default cores / processes")
-    timeout_minutes: float = Field(default=10, gt=0, description="a collective that takes longer is a failure")
+    timeout_minutes: float = Field(
+        default=10, gt=0, description="a rank that makes no progress for so long is named and the run ends"
+    )
     stop_grace_seconds: float = Field(
         default=30, gt=0, description="after SIGTERM: time to finish the step, save and end, before SIGKILL"
     )

@@ -25,18 +25,25 @@ class WatchConfig(Strict):
     """What to do about a loss or gradient that is not a finite number, and about a spike.
 
     skip: the step's batch is passed over, weights and moments stay. rewind: back to the last sealed checkpoint, and the
-    batches around this step are passed over when it comes again. stop: end with an error; the last checkpoint stays.
-    Statistics hold good steps only.
+    batches around this step are passed over when it comes again; without a checkpoint the run stops. stop: end with an
+    error; the last checkpoint stays. Statistics hold good steps only; a spike needs 8 of them before it.
     """
 
     nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     spike: Literal["ignore", "skip", "rewind", "stop"] = "ignore"
-    sigma: float = Field(default=6.0, gt=0, description="a spike lies this many standard deviations above the mean")
+    sigma: float = Field(
+        default=6.0,
+        gt=0,
+        description="a spike lies this many standard deviations above the mean, more while few steps are known",
+    )
     window: int = Field(default=128, ge=8, description="good steps that mean and deviation are taken over")
     patience: int = Field(default=3, gt=0, description="bad steps in a row after which the run stops")
     rewind_skip: int = Field(default=1, gt=0, description="batches passed over after a rewind, the bad one the last")
     weights_every: int | None = Field(
-        default=None, gt=0, description="steps between checks that only the optimizer changed weights, on all replicas"
+        default=None,
+        gt=0,
+        description="steps between checks that only the optimizer changed weights, on all replicas; a changed bit "
+        "rewinds where a policy is rewind, else stops",
     )
 
     @model_validator(mode="after")

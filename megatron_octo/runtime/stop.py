@@ -39,9 +39,13 @@ _OWN_SHARE = 0.9  # of the grace: whoever sent the signal kills at its end
 
 
 class RankLost(StageFailed):
-    """Another rank hung, died, or is somewhere else in the program; the last checkpoint is untouched."""
+    """Another rank hung, died, or is somewhere else in the program; the last checkpoint is untouched.
+
+    `in_its_words`: that rank itself has said which error it ended with.
+    """
 
     exit_code = LOST
+    in_its_words = False
 
 
 class Stopped(StageFailed):
@@ -126,7 +130,8 @@ class StopSignals:
     def _attend(self, awake: int) -> None:
         """Wait for signals, then for the end of the grace."""
         while not self._over:
-            left = None if self._received is None else max(0.0, self._grace * _OWN_SHARE - self.seconds)
+            stopping = self._ask is not None and self._received is not None
+            left = max(0.0, self._grace * _OWN_SHARE - self.seconds) if stopping else None
             ready, _, _ = select.select([awake], [], [], left)
             if ready:
                 for number in _read(awake):

@@ -65,6 +65,7 @@ class Watchdog:
         self._answered = time.monotonic()
         self._place, self._since = Place("", ""), time.monotonic()
         self._farewell: dict[str, Any] | None = None
+        self._confessor: int | None = None  # who has said itself with which error it ended
         self._watched = 0
 
     def __enter__(self) -> Watchdog:
@@ -174,6 +175,7 @@ class Watchdog:
         for own in (True, False):
             for rank, end in ends.items():
                 if end["own"] is own:
+                    self._confessor = rank if own else None
                     return f"rank {rank} ended with an error: {end['text']}" if own else end["text"]
         now, patience = time.monotonic(), _MISSED * self._period
         if now - self._answered > patience + 1.0:
@@ -202,13 +204,15 @@ class Watchdog:
     def _lost(self, blame: str, error: str = "") -> RankLost:
         waited = time.monotonic() - self._since
         how = f"lost contact ({error[:200]})" if error else f"has waited {waited:.0f} s"
-        return RankLost(
-            f"{blame}",
+        lost = RankLost(
+            blame,
             f"rank {self._rank} {how} in {self._stage()}, {self._place.text or 'set-up'}; timeout_minutes is "
             f"{self._timeout / 60:g}",
             "start the same command again, without that machine if it happens twice; the last checkpoint is untouched; "
             "stacks are in log-rank*.txt",
         )
+        lost.in_its_words = blame.startswith(f"rank {self._confessor} ")
+        return lost
 
     def _say_farewell(self, text: str, *, own: bool) -> None:
         """Tell the others before this rank is gone; the one that holds the store stays until they have read it."""

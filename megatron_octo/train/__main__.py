@@ -34,7 +34,9 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
 
         train(run, options.until, signals)
     except OctoError as error:
-        return _report(_stopped(signals) if signals.told and isinstance(error, RankLost) else error)
+        # A launcher that ends the others of a failed rank sends them a signal too: then the failure is the news.
+        only_lost = isinstance(error, RankLost) and not error.in_its_words
+        return _report(_stopped(signals) if signals.told and only_lost else error)
     except Exception as error:
         problem = machine_problem(error)
         if problem is not None:

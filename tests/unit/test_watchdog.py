@@ -1,0 +1,82 @@
+"""The watchdog's judgement, several ranks in one process; with real ones: tests/faults/test_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from megatron_octo.runtime.place import place_of
+from megatron_octo.runtime.stop import LOST, RankLost
+from megatron_octo.runtime.watchdog import Watchdog
+
+pytestmark = pytest.mark.timeout(60)
+
+BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7063")
+
+
+@pytest.fixture
+def store():
+    return dist.HashStore()
+
+
+def rank(number: int, store, world: int = 2) -> Watchdog:
+    watchdog = Watchdog(number, world, store, timeout=8.0)
+    watchdog.follow(lambda: "step 7 of 9")
+    return watchdog.__enter__()
+
+
+def leave(watchdog: Watchdog, error: BaseException | None) -> None:
+    watchdog.__exit__(type(error), error, None)
+
+
+def test_a_rank_that_ends_with_an_error_tells_the_others_why(store):
+    first, second = rank(0, store), rank(1, store)
+    ending = threading.Thread(target=leave, args=(second, ValueError("the reason")))
+    ending.start()
+    with pytest.raises(RankLost, match="rank 1 ended with an error: ValueError: the reason") as caught:
+        leave(first, BROKEN)
+    ending.join()
+    assert caught.value.in_its_words
+    assert caught.value.exit_code == LOST
+    assert "rank 0 lost contact (RuntimeError: [gloo" in str(caught.value)
+
+
+def test_a_rank_that_falls_silent_is_named_with_its_place(store):
+    first, second = rank(0, store), rank(1, store)
+    time.sleep(1.0)
+    second._end.set()  # no more beats, as of a stopped process
+    second._leaving.set()
+    with pytest.raises(
+        RankLost, match=r"rank 1 \(process \d+ on .*\) gives no sign of life for \d+ s; last seen in"
+    ) as caught:
+        leave(first, BROKEN)
+    assert "step 7 of 9" in str(caught.value)
+    assert not caught.value.in_its_words
+
+
+def test_an_error_of_its_own_stays_what_it_is(store):
+    first, second = rank(0, store), rank(1, store)
+    assert leave(first, ValueError("mine")) is None
+    leave(second, None)
+
+
+def test_where_a_thread_waits_is_said_with_the_collective_and_its_caller(store):
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        places = []
+        plain = dist.distributed_c10d._get_default_group
+        dist.distributed_c10d._get_default_group = lambda: (places.append(place_of(sys._getframe(1))), plain())[1]
+        try:
+            dist.barrier()
+        finally:
+            dist.distributed_c10d._get_default_group = plain
+        place = next(place for place in places if place.collective == "barrier")
+        assert "barrier, called by test_watchdog.py:" in place.text
+        assert "(test_where_a_thread_waits_is_said" in place.text
+        assert place_of(sys._getframe()).collective == ""
+    finally:
+        dist.destroy_process_group()
