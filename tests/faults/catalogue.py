@@ -21,7 +21,7 @@ class Fault(NamedTuple):
     guard: str
 
 
-COMPLETE = "ABCI"
+COMPLETE = "ABCDEI"
 """Groups whose every fault has a row; a letter is added here together with the group's last row."""
 
 _SAVE = "tests/faults/test_checkpoint_faults.py"
@@ -31,6 +31,9 @@ _FAILED = f"{_KILLED.partition('::')[0]}::test_a_save_that_cannot_be_written_is_
 _FULL_BUILD = "tests/unit/test_cli.py::test_where_nothing_more_fits_nothing_is_left_half_written"
 _HOSTILE = "tests/faults/test_hostile_checkpoints.py"
 _INPUT = "tests/parity/test_convert_bad_input.py::test_code_that_a_configuration"
+_RANKS = "tests/faults/test_ranks.py"
+_SIGNAL = f"{_RANKS}::test_a_signal_saves_and_ends_with_its_code_within_the_grace"
+_NUMBERS = "tests/faults/test_numbers.py"
 _SAFE = "tests/unit/test_safetensors_io.py"
 _POINTER = f"{_SAVE}::test_a_bad_pointer_says_what_exists"
 
@@ -66,6 +69,60 @@ FAULTS = [
     Fault("C3", "read-only directory", f"{_FAILED}[read-only directory]", "save.py Saver._explain"),
     Fault("C4", "failing device, short writes", f"{_FAILED}[failing device]", "hashing.py cause_raised"),
     Fault("C5", "too many open files", f"{_FAILED}[too many open files]", "save.py Saver._write: cleaning may fail"),
+    Fault("D1", "SIGTERM in the forward pass", f"{_SIGNAL}[in forward]", "stop.py _receive: asks"),
+    Fault("D2", "SIGTERM in a save", f"{_SIGNAL}[in a save]", "stop.py _receive: asks"),
+    Fault(
+        "D3",
+        "SIGTERM before the first step",
+        f"{_RANKS}::test_a_signal_before_the_first_step_ends_at_once",
+        "stop.py _receive: leaves",
+    ),
+    Fault("D4", "SIGTERM twice", f"{_SIGNAL}[twice]", "stop.py _receive: the first counts"),
+    Fault("D5", "SIGKILL of rank 1", f"{_RANKS}::test_a_killed_rank_is_named", "launch.py _explain, innocence"),
+    Fault(
+        "D6",
+        "a rank hung by SIGSTOP",
+        f"{_RANKS}::test_a_stopped_rank_is_named_within_the_timeout_with_the_last_collective",
+        "watchdog.py _blame: silence",
+    ),
+    Fault(
+        "D7",
+        "two jobs on one save directory",
+        f"{_RANKS}::test_a_second_job_on_a_run_directory_is_refused_and_harms_nothing",
+        "start.py only_trainer",
+    ),
+    Fault(
+        "D8",
+        "a rank that raises alone",
+        f"{_RANKS}::test_a_rank_that_raises_alone_is_named_with_its_reason",
+        "launch.py _culprit; watchdog.py _say_farewell",
+    ),
+    Fault(
+        "E1",
+        "NaN loss once",
+        f"{_NUMBERS}::test_a_nan_is_skipped_and_leaves_every_bit",
+        "watch.py _judge: finite loss; statistics.py remember",
+    ),
+    Fault(
+        "E2",
+        "NaN gradient on one rank only",
+        f"{_NUMBERS}::test_a_gradient_that_is_nan_on_one_rank_only_is_skipped_by_all",
+        "watch.py _judge: finite norm",
+    ),
+    Fault("E3", "infinity", f"{_NUMBERS}::test_an_infinite_gradient_is_skipped", "watch.py _judge: finite norm"),
+    Fault("E4", "10x spike", f"{_NUMBERS}::test_a_tenfold_spike_is_skipped_or_stops", "watch.py _judge: the bound"),
+    Fault(
+        "E5",
+        "repeated NaN",
+        f"{_NUMBERS}::test_numbers_that_stay_bad_stop_the_run_and_the_checkpoint_stays",
+        "watch.py before_update: patience",
+    ),
+    Fault(
+        "E6",
+        "silent bit flip in a weight",
+        f"{_NUMBERS}::test_a_flipped_bit_is_found_and_undone",
+        "weights.py before_update",
+    ),
     Fault(
         "I1", "pickles that call something", f"{_HOSTILE}::test_an_object_that_would_run_code_is_refused", "sharded.py"
     ),
