@@ -64,7 +64,7 @@ def test_a_base_may_be_a_packaged_recipe(tmp_path: Path) -> None:
         ("[]", ["base = []", "a list of them"]),
         ("[run.yaml, over.yaml]", ["base = 'over.yaml' builds on itself"]),
         ("[run.yaml, gone.yaml]", ["gone.yaml: no such file"]),
-        ("recipes/../../secret.yaml", ["secret.yaml: no such file"]),
+        ("recipes/../config/run.py", ["config/run.py: no such file"]),
     ],
 )
 def test_bases_that_are_none(tmp_path: Path, base: str, words: list[str]) -> None:

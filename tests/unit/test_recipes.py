@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -43,8 +44,10 @@ def test_a_dry_run_finds_the_published_model_in_every_run(
     size: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     parameters, _, gpus = SIZES[size]
     facts = dry_run(run_of(size, stage))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "hidden before torch looks for them"
     assert facts["processes"] == gpus
     assert facts["parameters"]["published"] == parameters and facts["parameters"]["padding"] == 0
     assert facts["tokens_per_step"] == 4_194_304
@@ -57,6 +60,25 @@ def test_a_dry_run_finds_the_published_model_in_every_run(
     assert facts["start"].startswith(start)
     assert "fp8: would need Hopper GPUs and TransformerEngine" in facts["not_checked"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "{tensor: 2, pipeline: 4, data: 2, sequence: true}",
+        "{tensor: 8, pipeline: 2, virtual_pipeline: 2, data: 1, sequence: true}",
+        "{context: 2, pipeline: 4, data: 2}",
+    ],
+)
+def test_every_parameter_is_counted_once_in_any_layout(size: str, layout: str) -> None:
+    """Also the embedding that the last stage holds again where it is tied, and what tensor parallelism repeats."""
+    changes = [f"parallel={layout}", "parallel.overlap_param_gather=false", "model.vocabulary=128200"]
+    facts = dry_run(load_run(file_of(size, "stable"), changes))
+    hidden, tables = facts["config"]["model"]["hidden"], 2 if size == "llama31_8b" else 1
+    assert facts["parameters"]["padding"] == 56 * hidden * tables
+    assert facts["parameters"]["published"] == SIZES[size][0] - 56 * hidden * tables
+    assert len(facts["stages"]) == facts["config"]["parallel"]["pipeline"]
 
 
 @pytest.mark.parametrize(("size", "stage"), RUNS)
