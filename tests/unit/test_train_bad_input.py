@@ -238,7 +238,7 @@ def _tree(directory: Path) -> dict[str, bytes]:
 def test_a_source_that_repeats_is_named_with_its_count_before_the_run_starts(octo: Octo) -> None:
     """10,000 tokens, 0.7 of them from a source of 620: its 19 windows an epoch are read 11.8 times."""
     code, out, err = octo("run.yaml")
-    assert (code, out) == (0, "started run.yaml\n")
+    assert code == 0 and out.endswith("started run.yaml\n")
     assert err == "octo: sources read more than once: math 5.05 times, web 11.8 times\n"
     assert octo("run.yaml", "schedule.tokens=500")[2] == ""
     code, out, err = octo("run.yaml", "--dry-run")
@@ -247,7 +247,7 @@ def test_a_source_that_repeats_is_named_with_its_count_before_the_run_starts(oct
 
 def test_a_missing_pointer_beside_checkpoints_is_said_and_the_newest_goes_on(octo: Octo) -> None:
     code, out, err = octo("forgotten.yaml", "schedule.tokens=20K")
-    assert (code, out) == (0, "started forgotten.yaml schedule.tokens=20K\n")
+    assert code == 0 and out.endswith("started forgotten.yaml schedule.tokens=20K\n")
     line = "octo: forgotten/latest is missing; going on from step_00000020, the newest sealed checkpoint"
     assert err.splitlines()[0] == line
     assert "latest" not in octo("trained.yaml")[2]
@@ -256,7 +256,7 @@ def test_a_missing_pointer_beside_checkpoints_is_said_and_the_newest_goes_on(oct
 
 def test_another_layout_is_no_mistake(octo: Octo) -> None:
     code, out, _ = octo("trained.yaml", "parallel={tensor: 2, pipeline: 2, sequence: true}")
-    assert code == 0 and out.startswith("started trained.yaml")
+    assert code == 0 and "started trained.yaml" in out
 
 
 def test_a_dry_run_as_json_is_json_alone(octo: Octo, tmp_path: Path) -> None:
