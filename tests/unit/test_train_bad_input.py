@@ -239,8 +239,8 @@ def test_a_source_that_repeats_is_named_with_its_count_before_the_run_starts(oct
     """10,000 tokens, 0.7 of them from a source of 620: its 19 windows an epoch are read 11.8 times."""
     code, out, err = octo("run.yaml")
     assert code == 0 and out.endswith("started run.yaml\n")
-    assert err == "octo: sources read more than once: math 5.05 times, web 11.8 times\n"
-    assert octo("run.yaml", "schedule.tokens=500")[2] == ""
+    assert "octo: sources read more than once: math 5.05 times, web 11.8 times" in err.splitlines()
+    assert "more than once" not in octo("run.yaml", "schedule.tokens=500")[2]
     code, out, err = octo("run.yaml", "--dry-run")
     assert code == 0 and err == "" and "sources read more than once: math 5.05 times, web 11.8 times" in out
 
@@ -249,7 +249,7 @@ def test_a_missing_pointer_beside_checkpoints_is_said_and_the_newest_goes_on(oct
     code, out, err = octo("forgotten.yaml", "schedule.tokens=20K")
     assert code == 0 and out.endswith("started forgotten.yaml schedule.tokens=20K\n")
     line = "octo: forgotten/latest is missing; going on from step_00000020, the newest sealed checkpoint"
-    assert err.splitlines()[0] == line
+    assert line in err.splitlines()
     assert "latest" not in octo("trained.yaml")[2]
     assert "after step 20, from forgotten/checkpoints/step_00000020" in octo("forgotten.yaml", "--dry-run")[1]
 
