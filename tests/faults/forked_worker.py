@@ -89,7 +89,7 @@ def few_files() -> None:
 
     def limit(*_arguments: Any) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # what is open stays so
 
     at_call(store, "begin", 2, limit)
 
