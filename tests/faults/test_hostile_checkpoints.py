@@ -17,9 +17,9 @@ from megatron_octo.checkpoint.save import load_checkpoint
 from megatron_octo.checkpoint.seal import seal
 from megatron_octo.checkpoint.sharded import save_state
 from megatron_octo.errors import CheckpointError
-from megatron_octo.runtime.groups import initialize_single
+from megatron_octo.runtime.groups import initialize_single, shutdown
 
-OPTIMIZER = SimpleNamespace(reload_model_params=lambda: None)
+OPTIMIZER = SimpleNamespace(reload_model_params=lambda weights: None)
 
 
 class Trap:
@@ -47,6 +47,8 @@ class Holder(torch.nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
     initialize_single(1)
+    yield
+    shutdown()
 
 
 def saved(folder: Path, kept: object = None) -> Path:

@@ -108,7 +108,7 @@ def test_transformers_loads_the_export_as_it_loads_the_source(world: World, kind
 
 
 class _NoOptimizer:
-    def reload_model_params(self) -> None:
+    def reload_model_params(self, weights: dict | None) -> None:
         """There is none."""
 
 
