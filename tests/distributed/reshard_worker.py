@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch.distributed as dist
-from tiny_layouts import RESHARDED, reshard_case
+from tiny_layouts import PAIRS, RESHARDED, reshard_case
 
 from megatron_octo.checkpoint.save import load_checkpoint
 from megatron_octo.checkpoint.store import latest_checkpoint
@@ -62,10 +62,9 @@ def main(phase: str, folder: Path, nproc: int) -> None:
             given = latest_checkpoint(folder / "single")
             write(folder / "no moments.json", go_on(here["single"], given, moments=False))
     else:
-        for source, values in RESHARDED.items():
-            for name, case in here.items():
-                if name != source and values["kind"] == RESHARDED[name]["kind"]:
-                    write(folder / f"{source} to {name}.json", go_on(case, latest_checkpoint(folder / source)))
+        for source, name in PAIRS:
+            if name in here:
+                write(folder / f"{source} to {name}.json", go_on(here[name], latest_checkpoint(folder / source)))
 
 
 if __name__ == "__main__":

@@ -16,19 +16,13 @@ from megatron_octo.runtime.launch import launch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tiny_layouts import RESHARDED  # noqa: E402
+from tiny_layouts import PAIRS, RESHARDED  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 TOLERANCE = 1e-6
 BF16_LOSS, BF16_NORM = 2e-3, 2e-2
 BEFORE = 2
-PAIRS = [
-    (source, name)
-    for source, values in RESHARDED.items()
-    for name in RESHARDED
-    if name != source and RESHARDED[name]["kind"] == values["kind"]
-]
 
 
 @pytest.fixture(scope="module")

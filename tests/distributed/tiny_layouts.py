@@ -62,7 +62,21 @@ RESHARDED = {
     "TP2 plain": _reshard(2, "plain", tensor=2, distributed_optimizer=False),
     "PP2 plain": _reshard(2, "plain", pipeline=2, distributed_optimizer=False),
 }
-"""Layouts of the resharding tests: each loads the checkpoints of all others of its kind."""
+"""Layouts of the resharding tests, by kind: checkpoints of different kinds hold other tensors."""
+
+
+def _pairs() -> list[tuple[str, str]]:
+    """Each layout's checkpoint goes into the next two of its kind: every layout is written and read twice."""
+    pairs = []
+    for source, values in RESHARDED.items():
+        kin = [name for name in RESHARDED if RESHARDED[name]["kind"] == values["kind"]]
+        after = kin[kin.index(source) + 1 :] + kin[: kin.index(source)]
+        pairs += [(source, name) for name in after[:2]]
+    return pairs
+
+
+PAIRS = _pairs()
+"""Which checkpoint is loaded in which layout."""
 
 
 def reshard_case(name: str, folder: Path) -> Case:
