@@ -135,5 +135,6 @@ def _sizes(run: RunConfig, activations: int) -> Iterator[tuple[str, int, int]]:
     yield "model.ffn / parallel.tensor", model.ffn // parallel.tensor, _MULTIPLE
     heads = model.dim * model.heads // parallel.tensor
     yield "attention width (heads x head_dim / parallel.tensor)", heads, _MULTIPLE
-    groups = 2 * model.dim * max(model.kv_groups // parallel.tensor, 1)
-    yield "query, key and value width / parallel.tensor", heads + groups, _MULTIPLE
+    # Also with more ranks than KV groups: megatron-core splits the product evenly and gathers what it gives.
+    width = model.dim * (model.heads + 2 * model.kv_groups) // parallel.tensor
+    yield "query, key and value width / parallel.tensor", width, _MULTIPLE

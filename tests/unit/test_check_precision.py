@@ -22,7 +22,7 @@ def test_what_goes_together_passes():
     check_run(run(fp8={"bf16_first_layers": 1, "bf16_last_layers": 1, "attention": True}))
     check_run(run(fp8={"recipe": "delayed", "margin": 1, "amax_history": 16, "amax": "most_recent", "attention": True}))
     check_run(run(parallel={"tensor": 2, "sequence": True, "tp_comm_overlap": True}))
-    # More tensor-parallel ranks than KV groups: each holds one.
+    # More tensor-parallel ranks than KV groups: each multiplies an equal part of the columns all the same.
     check_run(run(model={**RUN["model"], "kv_groups": 2}, parallel={"tensor": 4}))
 
 
@@ -51,6 +51,10 @@ REFUSED = {
     "ffn": ({"model": {**RUN["model"], "ffn": 520}}, "model.ffn / parallel.tensor = 520"),
     "heads": ({"model": {**RUN["model"], "heads": 4, "head_dim": 6}}, "attention width .* = 24"),
     "groups": ({"model": {**RUN["model"], "head_dim": 2, "kv_groups": 1}}, "query, key and value width .* = 20"),
+    "groups of several ranks": (
+        {"model": {**RUN["model"], "heads": 4, "head_dim": 16, "kv_groups": 1}, "parallel": {"tensor": 4}},
+        "query, key and value width .* = 24",
+    ),
     "blocks of a gather": (
         {"fp8": {"recipe": "blockwise"}, "parallel": {"tensor": 4, "sequence": True}},
         "per rank = 64 is not divisible by 128",
