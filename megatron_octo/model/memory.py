@@ -15,7 +15,8 @@ ELEMENT = {"fp32": 4, "bf16": 2}
 ACTIVATIONS = (
     "per token and layer 4 h (inputs and outputs of the two norms) + 2 n d + 2 g d (query, key, value, attention's "
     "result) + 3 f (gate, up, their product), times the element size; fused attention, so no s x s matrix; divided by "
-    "TP (h only with sequence parallelism) and CP; times the micro-batches that wait for their backward pass"
+    "TP (h only with sequence parallelism, g to no less than 1) and CP; times the micro-batches that wait for their "
+    "backward pass"
 )
 """How activations are estimated, for people. FP8 is not counted off: copies in FP8 come and go beside them."""
 
@@ -74,9 +75,10 @@ def _layer_bytes(run: RunConfig) -> tuple[int, int]:
     model, parallel = run.model, run.parallel
     token = _tokens(run) * ELEMENT[run.dtype]
     residual = token * model.hidden // (parallel.tensor if parallel.sequence else 1)
-    heads = model.dim * (2 * model.heads + 2 * model.kv_groups)
+    groups = max(model.kv_groups, parallel.tensor)  # a rank holds one at least
+    heads = model.dim * (2 * model.heads + 2 * groups)
     if model.qk_norm:
-        heads += model.dim * (model.heads + model.kv_groups)
+        heads += model.dim * (model.heads + groups)
     return 4 * residual + token * (heads + 3 * model.ffn) // parallel.tensor, residual
 
 
