@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,6 +72,21 @@ def one(trainer: Trainer, consumed: Consumed) -> None:
     fork += ["schedule.kind=linear", "schedule.shape=null", f"schedule.tokens={2 * STEP_TOKENS}"]
     legs(trainer, consumed, "on", [1, 2], *fork, "start.fork.data=continue")
     legs(trainer, consumed, "fresh", [2], *fork, "data.seed=77")
+    with another_source(folder):
+        trainer.train("whole", note="replaced")
+        trainer.train("replaced-on", *fork, "start.fork.data=continue")
+
+
+@contextmanager
+def another_source(folder: Path) -> Iterator[None]:
+    """Put other data under the path of the source for a while."""
+    names = [f"web{suffix}" for suffix in (".bin", ".idx")]
+    for name in names:
+        shutil.move(folder / name, folder / f"kept-{name}")
+        shutil.copy(folder / f"other-{name}", folder / name)
+    yield
+    for name in names:
+        shutil.move(folder / f"kept-{name}", folder / name)
 
 
 if __name__ == "__main__":
