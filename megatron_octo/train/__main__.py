@@ -77,7 +77,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     code = main()
-    if code:
-        # Process groups of a failed rank may wait for peers that are gone: do not let them hold up the exit.
-        sys.stderr.flush()
-        os._exit(code)
+    # Without the interpreter's own ending: process groups of a failed rank may wait for peers that are gone, and a
+    # thread that still lives then aborts a rank that has done its work. Everything is closed by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -131,5 +131,4 @@ if __name__ == "__main__":
     rank, action = FAULTS[sys.argv[1]]
     with before(Batches, "of_step", action if rank == RANK else lambda: None, STEP):
         code = main(sys.argv[2:])
-    if code:
-        os._exit(code)
+    os._exit(code)
