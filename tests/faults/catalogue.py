@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 7, "I": 4}
+SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 6, "I": 4}
 
 
 class Fault(NamedTuple):
@@ -21,7 +21,7 @@ class Fault(NamedTuple):
     guard: str
 
 
-COMPLETE = "ABCDEI"
+COMPLETE = "ABCDEFI"
 """Groups whose every fault has a row; a letter is added here together with the group's last row."""
 
 _SAVE = "tests/faults/test_checkpoint_faults.py"
@@ -34,6 +34,8 @@ _INPUT = "tests/parity/test_convert_bad_input.py::test_code_that_a_configuration
 _RANKS = "tests/faults/test_ranks.py"
 _SIGNAL = f"{_RANKS}::test_a_signal_saves_and_ends_with_its_code_within_the_grace"
 _NUMBERS = "tests/faults/test_numbers.py"
+_ORDER = "tests/faults/test_data_determinism.py"
+_RESUMED = f"{_ORDER}::test_a_resume_loses_no_window_and_reads_none_twice"
 _SAFE = "tests/unit/test_safetensors_io.py"
 _POINTER = f"{_SAVE}::test_a_bad_pointer_says_what_exists"
 
@@ -122,6 +124,19 @@ FAULTS = [
         "silent bit flip in a weight",
         f"{_NUMBERS}::test_a_flipped_bit_is_found_and_undone",
         "weights.py before_update",
+    ),
+    Fault("F1", "resume inside an epoch", f"{_RESUMED}[inside an epoch-2]", "data.py Batches.of_step"),
+    Fault("F2", "resume between epochs", f"{_RESUMED}[between epochs-3]", "data.py Batches.of_step"),
+    Fault("F3", "resume where the decay starts", f"{_RESUMED}[where the decay starts-8]", "data.py Batches.of_step"),
+    Fault(
+        "F4", "two ranks, then one", f"{_ORDER}::test_two_ranks_then_one_read_the_same_global_order", "data.py Batches"
+    ),
+    Fault("F5", "changed blend", f"{_ORDER}::test_a_changed_blend_is_refused", "change.py continued"),
+    Fault(
+        "F6",
+        "cached index of another seed",
+        f"{_ORDER}::test_a_cached_index_of_another_seed_is_not_used",
+        "reader.py build_train_dataset",
     ),
     Fault(
         "I1", "pickles that call something", f"{_HOSTILE}::test_an_object_that_would_run_code_is_refused", "sharded.py"
