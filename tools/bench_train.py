@@ -132,6 +132,7 @@ def training(file: Path, *overrides: str) -> Iterator[tuple[Any, Any, Any]]:
         watchdog.follow(lambda: f"step {state.step + 1} of {run.steps}")
         with default_hooks(engine, state, run.steps, signals) as hooks:
             yield engine, state, hooks
+        groups.shutdown()  # gloo's threads, left alone, can abort the process at its end
 
 
 def octo_steps(folder: Path, stack: ExitStack) -> dict[str, Callable[[], float]]:

@@ -79,8 +79,8 @@ FAULTS = [
         f"{_RANKS}::test_a_signal_before_the_first_step_ends_at_once",
         "stop.py _receive: leaves",
     ),
-    Fault("D4", "SIGTERM twice", f"{_SIGNAL}[twice]", "stop.py _receive: the first counts"),
-    Fault("D5", "SIGKILL of rank 1", f"{_RANKS}::test_a_killed_rank_is_named", "launch.py _explain, innocence"),
+    Fault("D4", "SIGTERM twice", f"{_SIGNAL}[twice]", "stop.py _receive: asks"),
+    Fault("D5", "SIGKILL of rank 1", f"{_RANKS}::test_a_killed_rank_is_named", "launch.py _explain"),
     Fault(
         "D6",
         "a rank hung by SIGSTOP",
@@ -96,8 +96,8 @@ FAULTS = [
     Fault(
         "D8",
         "a rank that raises alone",
-        f"{_RANKS}::test_a_rank_that_raises_alone_is_named_with_its_reason",
-        "launch.py _culprit; watchdog.py _say_farewell",
+        "tests/unit/test_watchdog.py::test_a_rank_that_ends_with_an_error_tells_the_others_why",
+        "watchdog.py _say_farewell",
     ),
     Fault(
         "E1",
