@@ -132,7 +132,6 @@ def training(file: Path, *overrides: str) -> Iterator[tuple[Any, Any, Any]]:
         watchdog.follow(lambda: f"step {state.step + 1} of {run.steps}")
         with default_hooks(engine, state, run.steps, signals) as hooks:
             yield engine, state, hooks
-        groups.shutdown()  # gloo's threads, left alone, can abort the process at its end
 
 
 def octo_steps(folder: Path, stack: ExitStack) -> dict[str, Callable[[], float]]:
@@ -437,7 +436,8 @@ def main() -> None:
         return
     if args.save:
         save(Path(args.save[0]), args.save[1])
-        return
+        sys.stdout.flush()
+        os._exit(0)  # as ranks end: a thread that still lives can abort the interpreter's own ending
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     print(machine(args.threads), flush=True)
     shape, saved = STEP_SHAPES["tiny" if args.quick else "10m"], SAVE_SHAPES["tiny" if args.quick else "68m"]
