@@ -28,7 +28,7 @@ EXIT_CODES = f"""exit codes:
    2  the configuration    3  the data    4  the checkpoint
    6  the machine: disk, port, GPU, a package
    7  the run failed: numbers that stay bad, weights that change by themselves
-  {STOPPED}  stopped by SIGTERM or SIGINT, within stop_grace_seconds; progress is saved
+  {STOPPED}  stopped by SIGTERM or SIGINT, within stop_grace_seconds; steps taken are saved
   {LOST}  a rank hung or was lost; it is named, with the last collective
  137  a rank was killed (128 + signal)
 Whatever the code, the last sealed checkpoint is whole: the same command goes on from it."""
