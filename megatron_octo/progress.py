@@ -85,6 +85,13 @@ class Progress:
         if amount:
             self._line()
 
+    def expect(self, total: float) -> None:
+        """Take another total, where it can only be guessed while work goes on."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+        self._write()
+
     def left(self) -> float | None:
         """Seconds to the end at the rate of the last minutes of this process; None where nobody can know."""
         if self.total is None or not self._samples or self.done <= self._samples[0][1]:

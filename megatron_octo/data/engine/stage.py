@@ -1,0 +1,205 @@
+"""Work cut into stages of independent tasks, each of which leaves a record when it is done.
+
+A stage starts when the one before it is finished. A task reads its inputs and what earlier stages left, writes its
+files under a temporary name, renames them and returns its facts; the engine writes these into the task's record, last.
+What a killed process leaves is therefore a record or none, and the next run repeats only the tasks without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_octo.files import hash_json, read_json, write_json
+from megatron_octo.progress import Progress
+
+RECORDS = "records"
+FILES = "files"
+
+Advance = Callable[[float], None]
+_ADVANCE: ContextVar[Advance] = ContextVar("advance", default=lambda amount: None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that do not wait for each other.
+
+    Args:
+        name: unique in a build; also the directory of its records.
+        tasks: what each task is about: dataclasses, paths and JSON's types, for they travel to other processes and
+            their values decide whether a record still holds.
+        work: a module-level function that does one task and returns its facts, JSON. A task may be done twice, also at
+            the same time. Facts may name the files it left, `{"files": {path relative to the work directory: bytes}}`:
+            a record whose files are gone counts for nothing.
+        made_from: JSON of everything the results follow from besides the task: settings, hashes, a format number.
+        amounts: how much each task is, in any measure; for the progress bar.
+        unit: what `advance` counts inside the tasks, such as "tokens"; None where finished tasks are all that counts.
+    """
+
+    name: str
+    tasks: Sequence[Any]
+    work: Callable[[Any], dict[str, Any]]
+    made_from: Any
+    amounts: Sequence[float] | None = None
+    unit: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One task on its way to whatever process does it."""
+
+    stage: str
+    number: int
+    work: Callable[[Any], dict[str, Any]]
+    task: Any
+    key: str
+    record: Path
+
+    def perform(self) -> dict[str, Any]:
+        """Do the task and write its record; returns its facts."""
+        facts = self.work(self.task)
+        write_json(self.record, {"made_from": self.key, "facts": facts})
+        return facts
+
+    def done(self, work: Path) -> dict[str, Any] | None:
+        """The facts of an earlier run, where they still hold."""
+        record = read_json(self.record)
+        if not isinstance(record, dict) or record.get("made_from") != self.key:
+            return None
+        facts = record["facts"]
+        return facts if all(_size(work / name) == size for name, size in facts.get(FILES, {}).items()) else None
+
+
+class Executor(Protocol):
+    """What runs the tasks of a stage: this process, others of this machine, or a cluster."""
+
+    def run(self, calls: Sequence[Call], advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Do tasks in any order.
+
+        Args:
+            calls: what is to be done; the executor ensures that each is done once and has written its record.
+            advance: called in this process with what tasks report, where the executor hears of it.
+
+        Yields:
+            Place in `calls`, and the facts, as tasks end.
+
+        Raises:
+            OctoError: as a task raised it; no other task is running any more.
+            StageFailed: the process of a task was killed.
+        """
+        ...
+
+
+def run_stages(stages: Sequence[Stage], work: Path, executor: Executor) -> dict[str, list[dict[str, Any]]]:
+    """Run stages one after the other; tasks whose record holds are not done again.
+
+    Args:
+        stages: in order.
+        work: directory for records; the tasks know it by themselves.
+        executor: who does the tasks. Results do not depend on it.
+
+    Returns:
+        For each stage the facts of its tasks, in the order of the tasks.
+
+    Raises:
+        OctoError: as a task raised it.
+        StageFailed: the process of a task was killed.
+    """
+    return {stage.name: _run_stage(stage, work, executor) for stage in stages}
+
+
+def calls_of(stage: Stage, work: Path) -> list[Call]:
+    """The tasks of a stage, ready to be handed out."""
+    folder = work / RECORDS / stage.name
+    return [
+        Call(stage.name, number, stage.work, task, _key(stage, task), folder / f"{number:05}.json")
+        for number, task in enumerate(stage.tasks)
+    ]
+
+
+def advance(amount: float) -> None:
+    """Report progress from inside a task, in the unit of its stage; costs nothing where nobody listens."""
+    _ADVANCE.get()(amount)
+
+
+def heard_by(listener: Advance) -> None:
+    """Send what tasks of this process report to a listener."""
+    _ADVANCE.set(listener)
+
+
+def _run_stage(stage: Stage, work: Path, executor: Executor) -> list[dict[str, Any]]:
+    calls = calls_of(stage, work)
+    facts: list[Any] = [call.done(work) for call in calls]
+    amounts = list(stage.amounts or [1.0] * len(calls))
+    left = [call for call, found in zip(calls, facts, strict=True) if found is None]
+    if not left:
+        return facts
+    with _Bar(stage, sum(amounts), sum(amounts) - sum(amounts[call.number] for call in left)) as bar:
+        for place, found in executor.run(left, bar.inside):
+            number = left[place].number
+            facts[number] = found
+            bar.finished(amounts[number])
+    return facts
+
+
+class _Bar:
+    """Progress of a stage: what tasks report themselves, out of a total that is estimated from the finished ones."""
+
+    def __init__(self, stage: Stage, total: float, before: float) -> None:
+        self._progress = Progress(stage.name, total, stage.unit or "tasks", done=before)
+        self._alone, self._total, self._before = stage.unit is None, total, before
+        self._done = self._told = 0.0
+
+    def __enter__(self) -> _Bar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+    def inside(self, amount: float) -> None:
+        if not self._alone:
+            self._told += amount
+            self._progress.advance(amount)
+
+    def finished(self, amount: float) -> None:
+        self._done += amount
+        if self._alone:
+            self._progress.advance(amount)
+        elif self._told:  # in another measure than the amounts: what is left is guessed from the share that is done
+            self._progress.expect(self._before + self._told * (self._total - self._before) / self._done)
+
+
+def _key(stage: Stage, task: Any) -> str:
+    return hash_json({"stage": plain(stage.made_from), "task": plain(task)})
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON, equal for equal values in any process.
+
+    Raises:
+        TypeError: for what has no such form.
+    """
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in value), key=repr)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be part of a task")
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
