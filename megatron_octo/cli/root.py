@@ -109,7 +109,7 @@ def data_build(
     """
     from megatron_octo.config.data import DataBuildConfig
     from megatron_octo.config.load import load_config
-    from megatron_octo.data.build import build_data
+    from megatron_octo.data.engine.build import build_data
 
     build_data(load_config(DataBuildConfig, file), out, workers)
 
@@ -131,7 +131,7 @@ def data_verify(directory: Path) -> None:
 
     Example: octo data verify data
     """
-    from megatron_octo.data.build import verify_data
+    from megatron_octo.data.engine.build import verify_data
 
     verify_data(directory)
     typer.echo(f"{directory}: every file is as its manifest says")

@@ -36,7 +36,7 @@ HEAVY = {
     "transformer_engine": {"model", "runtime"},
     "transformers": {"model", "convert", "data", "evaluate", "rl"},
     "openrlhf": {"rl"},
-    "ray": {"rl"},
+    "ray": {"rl", "data"},
 }
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config, load_config, parse_config
-from megatron_octo.data.build import build_data, only_writer, verify_data
 from megatron_octo.data.encode import Encoder
+from megatron_octo.data.engine.build import build_data, only_writer, verify_data
 from megatron_octo.data.indexed import IndexedWriter, import_indexed_dataset, read_index
 from megatron_octo.errors import ConfigError, DataError, StageFailed
 from megatron_octo.files import LOCK
@@ -248,7 +248,7 @@ import os, signal, sys
 from pathlib import Path
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import load_config
-from megatron_octo.data import build
+from megatron_octo.data.engine import build
 from megatron_octo.data.encode import Encoder
 import megatron_octo.data.tokenizer, transformers
 from megatron_octo.data.indexed import import_indexed_dataset
@@ -317,7 +317,7 @@ def test_workers_give_the_same_files(tmp_path: Path) -> None:
 
 
 def test_killed_worker_is_told() -> None:
-    from megatron_octo.data.build import _result_of
+    from megatron_octo.data.engine.build import _result_of
 
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         result = pool.submit(os._exit, 9).result

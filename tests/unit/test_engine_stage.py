@@ -145,6 +145,23 @@ def _computes(process: str) -> bool:
         return False
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real Ray of this machine: results, errors as they were, and a task that kills its worker each time."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with executor_of("ray", 2) as ray:
+        assert run_stages([_stage(tmp_path, *["square"] * 5)], tmp_path, ray) == {"squares": FACTS}
+        with pytest.raises(DataError, match="that shard, line 7: broken; a rule; fix: mend it"):
+            run_stages([_stage(tmp_path, "square", "refuse", made_from=2)], tmp_path, ray)
+        with pytest.raises(RuntimeError, match="raise Peculiar"):
+            run_stages([_stage(tmp_path, "fail", made_from=3)], tmp_path, ray)
+        _done(tmp_path)
+        with pytest.raises(StageFailed, match="a data worker was lost at task 1 of 'squares'"):
+            run_stages([_stage(tmp_path, "exit", made_from=4)], tmp_path, ray)
+        assert _done(tmp_path) == [0, 0, 0]
+
+
 def test_nobody_to_do_the_work() -> None:
     with pytest.raises(ConfigError, match="workers = 0"):
         executor_of("local", 0)

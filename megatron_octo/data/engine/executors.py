@@ -78,7 +78,7 @@ class Workers:
                     place = worker.place
                     worker.take(waiting)
                     assert place is not None
-                    yield place, _result(kind, value)
+                    yield place, outcome(kind, value)
         except BaseException:
             self._end()
             raise
@@ -128,7 +128,7 @@ class _Worker:
             return self._pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            raise _killed(self._call, self.process.exitcode) from None
+            raise killed(self._call, self.process.exitcode) from None
 
 
 class _Kept:
@@ -150,9 +150,12 @@ def _heard(busy: list[_Worker]) -> list[_Worker]:
     return [worker for worker in busy if ready.intersection(worker.ears)]
 
 
-def _killed(call: Call | None, code: int | None) -> StageFailed:
+def killed(call: Call | None, code: int | None) -> StageFailed:
+    """What to tell when the process of a task is gone; `code` is its exit code, where it is known."""
     where = f"at task {call.number + 1} of '{call.stage}'" if call else "before its first task"
-    how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
+    how = "was lost" if code is None else f"ended with code {code}"
+    if code is not None and code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
     return StageFailed(
         f"a data worker {how} {where}",
         "stopped from outside, or out of memory; what was finished before is kept",
@@ -226,20 +229,30 @@ def _travelling(error: Exception) -> Exception:
     return error
 
 
-def _result(kind: str, value: Any) -> dict[str, Any]:
+def outcome(kind: str, value: Any) -> dict[str, Any]:
+    """The facts out of what `attempt` returned, or its exception, raised."""
     if kind == "error":
         raise value
     return value
 
 
-def executor_of(name: str, workers: int) -> InProcess | Workers:
-    """The executor of a command line.
+def executor_of(name: str, workers: int | None, lock: IO[str] | None = None) -> Any:
+    """The executor of a command line, a context manager.
+
+    Args:
+        name: `local` or `ray`.
+        workers: tasks at the same time; by default one, on Ray one for each core of the cluster.
+        lock: see `Workers`.
 
     Raises:
         ConfigError: there is no such executor, or nobody to do the work.
     """
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ConfigError(f"workers = {workers}", "somebody has to do the work", "use 1 or more")
+    if name == "ray":
+        from megatron_octo.data.engine.on_ray import OnRay
+
+        return OnRay(workers)
     if name != "local":
         raise ConfigError(f"executor = {name!r}", "there is no such executor", "use local, ray or slurm")
-    return InProcess() if workers == 1 else Workers(workers)
+    return Workers(workers, lock) if workers and workers > 1 else contextlib.nullcontext(InProcess())
