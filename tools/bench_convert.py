@@ -102,7 +102,7 @@ def make_model(out: Path, shape: dict[str, Any]) -> None:
     """Write a random bfloat16 Llama as a Hugging Face directory: weights in shards, configuration, tokenizer."""
     from safetensors.torch import save_file
 
-    from megatron_octo.data.tokenizer import train_tokenizer
+    from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     train_tokenizer(["Question: 12 apples and 7 pears.\nAnswer: 19 fruits in all.\n"], 400, out)
     shapes = tensor_shapes(shape)

@@ -120,7 +120,7 @@ def data_inspect(prefix: Path, as_json: AsJson = False) -> None:
 
     Example: octo data inspect data/web
     """
-    from megatron_octo.data.indexed import inspect
+    from megatron_octo.data.index.pairs import inspect
 
     print_facts(inspect(prefix), as_json)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_octo.config.run import DataConfig
-from megatron_octo.data.encode import vocabulary_of
-from megatron_octo.data.indexed import Index, bin_path, read_index
+from megatron_octo.data.index.encode import vocabulary_of
+from megatron_octo.data.index.pairs import Index, bin_path, read_index
 from megatron_octo.errors import DataError, EnvironmentProblem
 
 _SCANNED = 256 * 2**20
@@ -136,7 +136,7 @@ def compiled_helper() -> Any:
     Raises:
         EnvironmentProblem: the installed megatron-core has none for this Python.
     """
-    from megatron_octo.data.indexed import import_indexed_dataset
+    from megatron_octo.data.index.pairs import import_indexed_dataset
 
     import_indexed_dataset()
     try:

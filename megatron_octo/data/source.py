@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.indexed import Index, idx_path
+from megatron_octo.data.index.pairs import Index, idx_path
 from megatron_octo.data.mixture import compiled_helper, windows_per_epoch
 from megatron_octo.errors import DataError
 from megatron_octo.files import flush_to_disk, hash_file, hash_json, write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_octo.checkpoint.store import POINTER
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.indexed import bin_path, idx_path
+from megatron_octo.data.index.pairs import bin_path, idx_path
 from megatron_octo.data.mixture import check_tokenizer, check_tokens, open_source, shares, windows_per_epoch
 from megatron_octo.train.start import Start
 

@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 30 thousand parameters, with the demo's kind of tokenizer."""
     from safetensors.numpy import save_file
 
-    from megatron_octo.data.tokenizer import train_tokenizer
+    from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     path = tmp_path_factory.mktemp("rl") / "model"
     train_tokenizer(["Question: What is 1+1?\nAnswer: 1+1=2. \\boxed{2}"] * 9, 300, path)

@@ -67,7 +67,7 @@ FAULTS = [
         "sharded.py load_state",
     ),
     Fault("C1", "disk full in a save", f"{_FAILED}[disk full]", "save.py Saver._write, together.py on_all_ranks"),
-    Fault("C2", "disk full in preprocessing", _FULL_BUILD, "errors.py machine_problem; indexed.py: names given last"),
+    Fault("C2", "disk full in preprocessing", _FULL_BUILD, "errors.py machine_problem; pairs.py: names given last"),
     Fault("C3", "read-only directory", f"{_FAILED}[read-only directory]", "save.py Saver._explain"),
     Fault("C4", "failing device, short writes", f"{_FAILED}[failing device]", "save.py Saver._explain"),
     Fault("C5", "too many open files", f"{_FAILED}[too many open files]", "save.py Saver._write: cleaning may fail"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_octo.data.tokenizer import train_tokenizer
+from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
 VOCABULARY = 312  # Megatron pads it to 384
 FAMILIES = ("llama", "qwen2", "qwen3")

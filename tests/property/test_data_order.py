@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_octo.data.encode import Encoder
+from megatron_octo.data.index.encode import Encoder
+from megatron_octo.data.index.train_tokenizer import SPECIAL_TOKENS, train_tokenizer
 from megatron_octo.data.mixture import order, windows_per_epoch
-from megatron_octo.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=8)
 

@@ -16,9 +16,9 @@ import pytest
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config, load_config, parse_config
-from megatron_octo.data.encode import Encoder
 from megatron_octo.data.engine.build import build_data, only_writer, verify_data
-from megatron_octo.data.indexed import IndexedWriter, import_indexed_dataset, read_index
+from megatron_octo.data.index.encode import Encoder
+from megatron_octo.data.index.pairs import IndexedWriter, import_indexed_dataset, read_index
 from megatron_octo.errors import ConfigError, DataError, StageFailed
 from megatron_octo.files import LOCK
 from megatron_octo.progress import PROGRESS_VARIABLE
@@ -249,9 +249,9 @@ from pathlib import Path
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import load_config
 from megatron_octo.data.engine import build
-from megatron_octo.data.encode import Encoder
-import megatron_octo.data.tokenizer, transformers
-from megatron_octo.data.indexed import import_indexed_dataset
+from megatron_octo.data.index.encode import Encoder
+import megatron_octo.data.index.train_tokenizer, transformers
+from megatron_octo.data.index.pairs import import_indexed_dataset
 import_indexed_dataset()
 
 config, root = load_config(DataBuildConfig, Path(sys.argv[1])), Path(sys.argv[2])

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_octo.data.indexed import bin_path, idx_path, import_indexed_dataset, inspect, read_index, write_indexed
+from megatron_octo.data.index.pairs import (
+    bin_path,
+    idx_path,
+    import_indexed_dataset,
+    inspect,
+    read_index,
+    write_indexed,
+)
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_file
 

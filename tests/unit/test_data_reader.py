@@ -14,7 +14,7 @@ import torch
 
 from megatron_octo.config.run import DataConfig, Source
 from megatron_octo.data import mixture
-from megatron_octo.data.indexed import bin_path, read_index, write_indexed
+from megatron_octo.data.index.pairs import bin_path, read_index, write_indexed
 from megatron_octo.data.mixture import check_tokenizer, check_tokens, shares
 from megatron_octo.data.reader import TrainDataset, build_train_dataset, windows
 from megatron_octo.errors import DataError, EnvironmentProblem
@@ -178,7 +178,7 @@ def test_truncated_source(tmp_path: Path) -> None:
 
 
 def test_vocabulary(tmp_path: Path) -> None:
-    from megatron_octo.data.tokenizer import train_tokenizer
+    from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     train_tokenizer(["some text"], 300, tmp_path)
     size = max(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].values()) + 1

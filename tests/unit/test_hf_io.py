@@ -11,7 +11,7 @@ import pytest
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_io
 from megatron_octo.convert.hf_io import TokenizerFacts
-from megatron_octo.data.tokenizer import train_tokenizer
+from megatron_octo.data.index.train_tokenizer import train_tokenizer
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.locations import locate
 

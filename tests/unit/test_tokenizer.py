@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_octo.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, PAD, train_tokenizer
+from megatron_octo.data.index.train_tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, PAD, train_tokenizer
 from megatron_octo.data.world import KINDS, QUESTION_TEMPLATE, World, WorldConfig
 from megatron_octo.errors import ConfigError
 

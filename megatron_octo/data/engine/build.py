@@ -20,8 +20,8 @@ from typing import IO, Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.config.load import differences
-from megatron_octo.data.encode import Encoder
-from megatron_octo.data.indexed import IndexedWriter, bin_path, idx_path, read_index
+from megatron_octo.data.index.encode import Encoder
+from megatron_octo.data.index.pairs import IndexedWriter, bin_path, idx_path, read_index
 from megatron_octo.data.jsonl import input_path
 from megatron_octo.data.sources import (
     Problem,
@@ -233,7 +233,7 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def _train_tokenizer(config: DataBuildConfig, out: Path) -> None:
-    from megatron_octo.data.tokenizer import train_tokenizer
+    from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     train = config.tokenizer.train
     assert train is not None

@@ -223,7 +223,7 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
     directory = tokenizer or prefix.parent / "tokenizer"
     shown = [index.document(number).tolist() for number in range(min(first, index.documents))]
     if (directory / "tokenizer.json").is_file():
-        from megatron_octo.data.encode import Encoder
+        from megatron_octo.data.index.encode import Encoder
 
         shown = [Encoder(directory).decode(tokens) for tokens in shown]
     tokens = index.all_tokens()
