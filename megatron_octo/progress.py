@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_octo.units import format_duration, format_flops, format_tokens
+from megatron_octo.units import format_bytes, format_duration, format_flops, format_tokens
 
 PROGRESS_VARIABLE = "OCTO_PROGRESS"
 """Environment variable that names the file a campaign reads a stage's progress from."""
@@ -143,7 +143,9 @@ def describe_facts(facts: dict[str, Any]) -> list[str]:
 
 
 def describe_amount(done: float, total: float | None, unit: str) -> str:
-    """Work done, and of how much where that is known: '1.05M of 2.56M tokens', '3 of 8 problems'."""
+    """Work done, and of how much where that is known: '1.05M of 2.56M tokens', '3 of 8 problems', '2 MiB of 1 GiB'."""
+    if unit == "bytes":
+        return " of ".join(format_bytes(count) for count in (done, total) if count is not None)
     done_text, total_text = (
         None if count is None else format_tokens(int(count)) if unit == "tokens" else f"{count:g}"
         for count in (done, total)

@@ -101,17 +101,46 @@ def campaign_report(directory: Path, as_json: AsJson = False) -> None:
 def data_build(
     file: Path,
     out: Annotated[Path, typer.Option(help="directory to write")],
-    workers: Annotated[int, typer.Option(min=1, help="processes that tokenise")] = 1,
+    workers: Annotated[int | None, typer.Option(help="shards at the same time, each on one core")] = None,
+    executor: Annotated[str, typer.Option(help="local, ray (RAY_ADDRESS, or one of this machine) or slurm")] = "local",
 ) -> None:
     """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
 
-    Example: octo data build mix.yaml --out data
+    Killed at any moment, it goes on when given again; the result does not depend on workers and executor.
+
+    Example: octo data build mix.yaml --out data --workers 8
     """
     from megatron_octo.config.data import DataBuildConfig
     from megatron_octo.config.load import load_config
+
+    config = load_config(DataBuildConfig, file)
+    if executor == "slurm":
+        from megatron_octo.data.engine.jobs import render_build
+
+        script, said = render_build(config, file, out, workers)
+        typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
+        return
     from megatron_octo.data.engine.build import build_data
 
-    build_data(load_config(DataBuildConfig, file), out, workers)
+    build_data(config, out, workers, executor)
+
+
+@_apps["data"].command("work", hidden=True)
+def data_work(
+    file: Path,
+    out: Annotated[Path, typer.Option(help="data directory")],
+    stage: Annotated[str, typer.Option(help="name of the stage")],
+    share: Annotated[str, typer.Option(help="I/N: the tasks with number I modulo N")],
+) -> None:
+    """Do a share of one stage of a build: what a job of `octo data build --executor slurm` runs.
+
+    Example: octo data work mix.yaml --out data --stage tokenise --share 3/100
+    """
+    from megatron_octo.config.data import DataBuildConfig
+    from megatron_octo.config.load import load_config
+    from megatron_octo.data.engine.jobs import work_on_share
+
+    work_on_share(load_config(DataBuildConfig, file), out, stage, share)
 
 
 @_apps["data"].command("inspect")
@@ -131,7 +160,7 @@ def data_verify(directory: Path) -> None:
 
     Example: octo data verify data
     """
-    from megatron_octo.data.engine.build import verify_data
+    from megatron_octo.data.engine.manifest import verify_data
 
     verify_data(directory)
     typer.echo(f"{directory}: every file is as its manifest says")

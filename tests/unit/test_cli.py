@@ -249,7 +249,7 @@ def test_an_interrupted_command_goes_on_when_given_again(
 ) -> None:
     command = [sys.executable, "-m", "megatron_octo.cli", "data", "build", "data.yaml", "--out", "my data"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=_heed_interrupts)
-    while not (tmp_path / "my data" / "build.json").exists():
+    while not (tmp_path / "my data" / ".work" / "build.json").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(number)

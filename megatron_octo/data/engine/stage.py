@@ -31,13 +31,15 @@ class Stage:
     Args:
         name: unique in a build; also the directory of its records.
         tasks: what each task is about: dataclasses, paths and JSON's types, for they travel to other processes and
-            their values decide whether a record still holds.
+            their values decide whether a record still holds (but for fields of a dataclass with `compare=False`).
         work: a module-level function that does one task and returns its facts, JSON. A task may be done twice, also at
             the same time. Facts may name the files it left, `{"files": {path relative to the work directory: bytes}}`:
             a record whose files are gone counts for nothing.
         made_from: JSON of everything the results follow from besides the task: settings, hashes, a format number.
         amounts: how much each task is, in any measure; for the progress bar.
         unit: what `advance` counts inside the tasks, such as "tokens"; None where finished tasks are all that counts.
+        sweep: a module-level function that clears away, once a task's record is written, what only that task needed.
+        skip: numbers of tasks whose results are not wanted: they are not done, and their facts are {}.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Stage:
     made_from: Any
     amounts: Sequence[float] | None = None
     unit: str | None = None
+    sweep: Callable[[Any], None] | None = None
+    skip: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,14 @@ class Call:
     task: Any
     key: str
     record: Path
+    sweep: Callable[[Any], None] | None = None
 
     def perform(self) -> dict[str, Any]:
         """Do the task and write its record; returns its facts."""
         facts = self.work(self.task)
         write_json(self.record, {"made_from": self.key, "facts": facts})
+        if self.sweep is not None:
+            self.sweep(self.task)
         return facts
 
     def done(self, work: Path) -> dict[str, Any] | None:
@@ -109,16 +116,32 @@ def run_stages(stages: Sequence[Stage], work: Path, executor: Executor) -> dict[
         OctoError: as a task raised it.
         StageFailed: the process of a task was killed.
     """
-    return {stage.name: _run_stage(stage, work, executor) for stage in stages}
+    return {stage.name: run_calls(stage, calls_of(stage, work), work, executor) for stage in stages}
 
 
 def calls_of(stage: Stage, work: Path) -> list[Call]:
     """The tasks of a stage, ready to be handed out."""
     folder = work / RECORDS / stage.name
     return [
-        Call(stage.name, number, stage.work, task, _key(stage, task), folder / f"{number:05}.json")
+        Call(stage.name, number, stage.work, task, _key(stage, task), folder / f"{number:05}.json", stage.sweep)
         for number, task in enumerate(stage.tasks)
     ]
+
+
+def run_calls(stage: Stage, calls: Sequence[Call], work: Path, executor: Executor) -> list[dict[str, Any]]:
+    """Do some of the tasks of a stage; returns their facts in the order of the calls, see `run_stages`."""
+    facts: list[Any] = [{} if call.number in stage.skip else call.done(work) for call in calls]
+    left = [place for place, found in enumerate(facts) if found is None]
+    if not left:
+        return facts
+    for place in left:
+        calls[place].record.unlink(missing_ok=True)  # what it says is of other inputs, and later tasks may read it
+    amounts = [stage.amounts[call.number] if stage.amounts else 1.0 for call in calls]
+    with _Bar(stage, sum(amounts), sum(amounts) - sum(amounts[place] for place in left)) as bar:
+        for number, found in executor.run([calls[place] for place in left], bar.inside):
+            facts[left[number]] = found
+            bar.finished(amounts[left[number]])
+    return facts
 
 
 def advance(amount: float) -> None:
@@ -129,21 +152,6 @@ def advance(amount: float) -> None:
 def heard_by(listener: Advance) -> None:
     """Send what tasks of this process report to a listener."""
     _ADVANCE.set(listener)
-
-
-def _run_stage(stage: Stage, work: Path, executor: Executor) -> list[dict[str, Any]]:
-    calls = calls_of(stage, work)
-    facts: list[Any] = [call.done(work) for call in calls]
-    amounts = list(stage.amounts or [1.0] * len(calls))
-    left = [call for call, found in zip(calls, facts, strict=True) if found is None]
-    if not left:
-        return facts
-    with _Bar(stage, sum(amounts), sum(amounts) - sum(amounts[call.number] for call in left)) as bar:
-        for place, found in executor.run(left, bar.inside):
-            number = left[place].number
-            facts[number] = found
-            bar.finished(amounts[number])
-    return facts
 
 
 class _Bar:
@@ -187,7 +195,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.compare}
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     if isinstance(value, dict):

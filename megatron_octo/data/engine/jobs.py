@@ -1,0 +1,114 @@
+"""A build on Slurm: its jobs are rendered here, and do their shares of its stages here."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.data.engine.build import claim, only_writer
+from megatron_octo.data.engine.executors import InProcess, use_one_thread
+from megatron_octo.data.engine.on_slurm import render
+from megatron_octo.data.engine.plan import Plan
+from megatron_octo.data.engine.publish import WORK
+from megatron_octo.data.engine.stage import Stage, calls_of, run_calls
+from megatron_octo.data.sources import build_world
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
+
+_OCTO = [sys.executable, "-m", "megatron_octo.cli", "data"]
+
+
+def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | None) -> tuple[Path, str | None]:
+    """Write the jobs of what is left of a build, and submit them where this machine has `sbatch`.
+
+    Args:
+        config: what to build.
+        file: where that is written; jobs read it again.
+        out: data directory, on a file system that all nodes share.
+        workers: how many jobs may run at the same time; None for no limit.
+
+    Returns:
+        The script that submits the jobs, and what it said if it was run.
+
+    Raises:
+        ConfigError, DataError: as `build_data`.
+        EnvironmentProblem: `sbatch` refuses a job.
+    """
+    out = out.absolute()
+    build_world(config)
+    plan = Plan(config, out)
+    with only_writer(out):
+        claim(out, config)
+        stages = [plan.inputs(), *plan.stages(_hashes(plan) or {})]
+        left = [(stage.name, _left(plan, stage)) for stage in stages]
+        file = str(file.absolute())
+        last = [*_OCTO, "build", file, "--out", str(out)]
+        script = render(out / WORK / "slurm", left, [*_OCTO, "work", file, "--out", str(out)], last, workers)
+    return script, _submit(script) if shutil.which("sbatch") else None
+
+
+def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) -> None:
+    """Do the tasks of a stage whose numbers are I modulo N.
+
+    Args:
+        config: what is built.
+        out: data directory.
+        stage: name of the stage.
+        share: I/N.
+
+    Raises:
+        ConfigError: there is no such stage or share.
+        DataError: the input files are not hashed yet.
+        OctoError: as a task raised it.
+    """
+    number, total = _share(share)
+    plan = Plan(config, out.absolute())
+    stages = [plan.inputs()]
+    hashes = _hashes(plan)
+    if stage != stages[0].name:
+        if hashes is None:
+            raise DataError(
+                f"{out}: the input files are not hashed", "the first stage does it", "run the jobs in order"
+            )
+        stages = plan.stages(hashes)
+    found = next((one for one in stages if one.name == stage), None)
+    if found is None:
+        names = ", ".join(one.name for one in stages)
+        raise ConfigError(f"--stage {stage}", f"the stages of this build are {names}", "name one of them")
+    use_one_thread()
+    run_calls(found, calls_of(found, plan.build.work)[number::total], plan.build.work, InProcess())
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal() and int(number) < int(total)):
+        raise ConfigError(f"--share {text}", "a share is I/N with I from 0 below N", "write it as 0/8")
+    return int(number), int(total)
+
+
+def _hashes(plan: Plan) -> dict[str, str] | None:
+    """Hashes of the input files as far as their stage is done; None where one is missing."""
+    stage, hashes = plan.inputs(), {}
+    for call in calls_of(stage, plan.build.work):
+        facts = call.done(plan.build.work)
+        if facts is None:
+            return None
+        hashes[call.task.path] = facts["sha256"]
+    return hashes
+
+
+def _left(plan: Plan, stage: Stage) -> int:
+    work = plan.build.work
+    return sum(call.number not in stage.skip and call.done(work) is None for call in calls_of(stage, work))
+
+
+def _submit(script: Path) -> str:
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    if done.returncode:
+        raise EnvironmentProblem(
+            f"sbatch refused a job of {script} ({done.stderr.strip().splitlines()[-1:]})",
+            fix="set SBATCH_PARTITION and SBATCH_ACCOUNT, or run the script with such options",
+        )
+    return done.stdout

@@ -1,0 +1,93 @@
+"""The manifest of a data directory: what it holds, what that follows from, and whether it is still so."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_octo import __version__
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.data.engine.plan import FORMAT
+from megatron_octo.data.engine.publish import MANIFEST
+from megatron_octo.data.engine.stage import FILES
+from megatron_octo.data.index.pairs import read_index
+from megatron_octo.errors import DataError
+from megatron_octo.files import hash_directory, hash_file, read_json
+
+_VERSIONS = ("megatron-core", "tokenizers", "numpy")
+
+
+def make_manifest(
+    config: DataBuildConfig, inputs: dict[str, Any], tokenizer: dict[str, Any], sources: dict[str, dict[str, Any]],
+    problems: dict[str, dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything a directory holds and follows from; no times and no machine: equal builds, equal manifests.
+
+    Args:
+        config: what was built.
+        inputs: size and hash of every input file, by field and name.
+        tokenizer: facts of its task.
+        sources: facts of each joined source.
+        problems: count and hash of each split.
+    """
+    return {
+        "format": FORMAT,
+        "code": __version__,
+        "settings": config.model_dump(mode="json"),
+        "inputs": inputs,
+        "tokenizer": {"directory": "tokenizer", **_published(tokenizer)},
+        "sources": {name: _published(facts) for name, facts in sources.items()},
+        "problems": problems,
+        "documents": sum(facts["documents"] for facts in sources.values()),
+        "tokens": sum(facts["tokens"] for facts in sources.values()),
+        "versions": {name: version(name) for name in _VERSIONS},
+    }
+
+
+def _published(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name != FILES}
+
+
+def verify_data(out: Path) -> dict[str, Any]:
+    """Check every file of a finished build against its manifest.
+
+    Args:
+        out: data directory.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: there is no manifest, or a file is missing, damaged or altered.
+    """
+    manifest = read_json(out / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise DataError(f"{out / MANIFEST} does not exist or is damaged", "it is written last", "build the data")
+    for name, facts in manifest["sources"].items():
+        read_index(out / name)
+        _check_hashes(out, facts["sha256"])
+    _check_hashes(out, {f"problems/{split}.jsonl": facts["sha256"] for split, facts in manifest["problems"].items()})
+    if hash_directory(out / "tokenizer") != manifest["tokenizer"]["sha256"]:
+        raise DataError(f"{out / 'tokenizer'} was altered after it was written", fix="build the data again")
+    return manifest
+
+
+def intact_sources(out: Path, manifest: dict[str, Any]) -> frozenset[str]:
+    """Names of the sources whose files are all as the manifest says."""
+    return frozenset(
+        name
+        for name, facts in manifest["sources"].items()
+        if all((out / file).is_file() and hash_file(out / file) == known for file, known in facts["sha256"].items())
+    )
+
+
+def _check_hashes(out: Path, hashes: dict[str, str]) -> None:
+    for name, expected in hashes.items():
+        path = out / name
+        if not path.is_file():
+            raise DataError(f"{path} does not exist", "the manifest lists it", "build the data again")
+        if hash_file(path) != expected:
+            raise DataError(
+                f"{path} was altered after it was written", "its hash is not the manifest's", "build the data again"
+            )

@@ -1,0 +1,139 @@
+"""A build as stages: what each task follows from, so that only what changed is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
+from megatron_octo.data.engine.shards import Shard, list_shards
+from megatron_octo.data.engine.stage import Stage, calls_of
+from megatron_octo.data.engine.tasks import TOKENISE, Build, Corpus, Piece, drop_pieces, join, make_tokenizer, tokenise
+from megatron_octo.data.index.encode import Encoder
+from megatron_octo.data.jsonl import input_path
+from megatron_octo.files import hash_json
+
+FORMAT = 2
+TOKENIZER, JOIN = "tokenizer", "join"
+
+
+class Plan:
+    """What a build reads, and its stages.
+
+    Args:
+        config: what is built.
+        out: data directory, absolute.
+        intact: sources of a finished build that need not be made again.
+
+    Raises:
+        DataError: an input is missing.
+        ConfigError: a path names an environment variable that is not set.
+    """
+
+    def __init__(self, config: DataBuildConfig, out: Path, intact: frozenset[str] = frozenset()) -> None:
+        self.build, self.intact = Build(config, out), intact
+        self.shards = {name: list_shards(config, name) for name in config.sources}
+        self.files = self._files()
+
+    def _files(self) -> dict[str, dict[str, InputFile]]:
+        """Every input file as it is now, by the field that names it and by its name there."""
+        config = self.build.config
+        found = {
+            f"corpora.{name}": {Path(shard.path).name: look_at(shard.path) for shard in self.shards[name]}
+            for name in config.corpora
+        }
+        for where, file in config.input_files.items():
+            if where not in found:
+                path = input_path(file, where)
+                found[where] = {path.name: look_at(str(path))}
+        if config.tokenizer.path is not None:
+            directory = expand_path(config.tokenizer.path, "tokenizer.path")
+            Encoder(directory)
+            found["tokenizer.path"] = {path.name: look_at(str(path)) for path in sorted(directory.iterdir())}
+        return found
+
+    def inputs(self) -> Stage:
+        """The first stage: what the input files hash to."""
+        return inputs_stage(file for files in self.files.values() for file in files.values())
+
+    def refuse_changes(self) -> None:
+        """Check that no input file was written to since the plan was made.
+
+        Raises:
+            DataError: one was.
+        """
+        for files in self.files.values():
+            for file in files.values():
+                refuse_change(file)
+
+    def inputs_by_field(self, hashes: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Every input with size and hash, by the field that names it and the file's name there: for the manifest."""
+        return {
+            where: {name: {"bytes": file.bytes, "sha256": hashes[file.path]} for name, file in files.items()}
+            for where, files in self.files.items()
+        }
+
+    def stages(self, hashes: dict[str, str]) -> list[Stage]:
+        """All stages after the first.
+
+        Args:
+            hashes: of the input files, by path; the names and sizes of the stages do not depend on them.
+        """
+        config, base = self.build.config, self._base(hashes)
+        trained = config.tokenizer.train
+        corpora = (trained.corpora or config.sources) if trained else []
+        read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
+        tokenizer = {**base, "inputs": self._hashes(hashes, read)}
+        stages = [Stage(TOKENIZER, [corpora], self._work(make_tokenizer), tokenizer)]
+        pieces = self._pieces(hashes, {**base, "tokenizer": hash_json(tokenizer)})
+        join = self._join(pieces)
+        return [*stages, replace(pieces, skip=self._joined(pieces, join)), join]
+
+    def _joined(self, pieces: Stage, join: Stage) -> frozenset[int]:
+        """Numbers of pieces that are not needed any more, for their corpus is there."""
+        work = self.build.work
+        done = {call.task.name for call in calls_of(join, work) if call.done(work) is not None} | self.intact
+        return frozenset(number for number, task in enumerate(pieces.tasks) if task.shard.corpus in done)
+
+    def _base(self, hashes: dict[str, str]) -> dict[str, Any]:
+        settings = hash_json(self.build.config.model_dump(mode="json"))
+        return {"format": FORMAT, "settings": settings, "heldout": self._hashes(hashes, ["problems.heldout.file"])}
+
+    def _hashes(self, hashes: dict[str, str], fields: list[str]) -> list[str | None]:
+        return [hashes.get(file.path) for field in fields for file in self.files.get(field, {}).values()]
+
+    def _work(self, function: Callable[[Build, Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        return partial(function, self.build)
+
+    def _pieces(self, hashes: dict[str, str], made_from: dict[str, Any]) -> Stage:
+        tasks: list[Piece] = []
+        for name, shards in self.shards.items():
+            limited = self.build.config.budgets[name] is not None
+            after = hash_json(self._hashes(hashes, [f"corpora.{name}"])) if limited else None
+            first = len(tasks)
+            tasks += [self._piece(shard, hashes, first, after) for shard in shards]
+        amounts = [self._amount(task) for task in tasks]
+        return Stage(TOKENISE, tasks, self._work(tokenise), made_from, amounts, "tokens")
+
+    def _piece(self, shard: Shard, hashes: dict[str, str], first: int, after: str | None) -> Piece:
+        file = look_at(shard.path) if shard.path else None
+        return Piece(shard, file, hashes.get(shard.path), first, after)
+
+    def _amount(self, task: Piece) -> float:
+        """Bytes to read, or tokens to generate."""
+        return task.file.bytes if task.file else self.build.config.budgets[task.shard.corpus] or 1
+
+    def _join(self, pieces: Stage) -> Stage:
+        keys = [call.key for call in calls_of(pieces, self.build.work)]
+        tasks, first = [], 0
+        for name, shards in self.shards.items():
+            end = first + len(shards)
+            tasks.append(Corpus(name, (first, end), hash_json(keys[first:end])))
+            first = end
+        skip = frozenset(number for number, task in enumerate(tasks) if task.name in self.intact)
+        sweep = partial(drop_pieces, self.build)
+        return Stage(JOIN, tasks, self._work(join), {"format": FORMAT}, sweep=sweep, skip=skip)

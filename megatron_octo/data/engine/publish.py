@@ -1,0 +1,50 @@
+"""From a complete result beside its place to its place: by renaming, and never half."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.errors import EnvironmentProblem
+from megatron_octo.files import flush_to_disk, read_json, write_json
+
+WORK = ".work"
+RESULT = "result"
+MANIFEST = "manifest.json"
+_COMPLETE = "complete.json"
+
+
+def publish(out: Path, manifest: dict[str, Any]) -> None:
+    """Declare the result complete and give everything in it its place; the manifest comes last.
+
+    Args:
+        out: data directory; the result lies in its `.work/result`.
+        manifest: what the result is.
+    """
+    work = out / WORK
+    write_json(work / RESULT / MANIFEST, manifest)
+    names = sorted(path.name for path in (work / RESULT).iterdir() if path.name != MANIFEST)
+    write_json(work / _COMPLETE, [*names, MANIFEST])
+    finish_publishing(out)
+
+
+def finish_publishing(out: Path) -> None:
+    """Go on where a process was killed while it published; nothing where none was."""
+    work = out / WORK
+    names = read_json(work / _COMPLETE)
+    if names is None:
+        return
+    for name in names:
+        source, target = work / RESULT / name, out / name
+        if not source.exists():  # it is in its place already
+            continue
+        if target.is_dir():
+            shutil.rmtree(target)
+        try:
+            source.rename(target)
+        except IsADirectoryError:
+            raise EnvironmentProblem(f"{target} is a directory, and a file is needed", fix="move it away") from None
+    flush_to_disk(out)
+    (work / _COMPLETE).unlink()
+    shutil.rmtree(work)

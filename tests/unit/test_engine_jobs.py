@@ -1,0 +1,115 @@
+"""A build on Slurm: what is rendered, and that the rendered jobs, run by a stand-in for the scheduler, build it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.load import dump_config, parse_config
+from megatron_octo.data.engine.build import build_data
+from megatron_octo.data.engine.jobs import render_build, work_on_share
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
+
+SBATCH = """\
+#!/usr/bin/env python3
+# Stands in for the scheduler: notes what it is given, and runs the tasks of an array one after the other at once.
+import os, re, subprocess, sys
+text = open(sys.argv[-1]).read()
+with open(os.environ["SBATCH_LOG"], "a") as log:
+    print(*sys.argv[1:-1], os.path.basename(sys.argv[-1]), file=log)
+last = re.search(r"--array=0-(\\d+)", text)
+for number in range(int(last[1]) + 1 if last else 1):
+    subprocess.run(["bash", sys.argv[-1]], env={**os.environ, "SLURM_ARRAY_TASK_ID": str(number)}, check=True)
+print(sum(1 for line in open(os.environ["SBATCH_LOG"])))
+"""
+
+
+def _config(path: Path) -> DataBuildConfig:
+    path.mkdir(exist_ok=True)
+    for name in ("one", "two"):
+        rows = [{"text": f"{name} {number} and more"} for number in range(40)]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpora = {name: {"path": str(path / f"{name}.jsonl")} for name in ("one", "two")}
+    values = {"tokenizer": {"train": {"vocabulary_size": 300}}, "corpora": corpora}
+    config = parse_config(DataBuildConfig, values, "test")
+    dump_config(config, path / "data.yaml")
+    return config
+
+
+def _jobs(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((out / ".work" / "slurm").glob("*.sbatch"))}
+
+
+def test_jobs_of_a_build(tmp_path: Path) -> None:
+    config, out = _config(tmp_path / "in puts"), tmp_path / "my out"
+    script, said = render_build(config, tmp_path / "in puts" / "data.yaml", out, workers=8)
+    assert said is None and script.read_text().count("\nsubmit ") == 5
+    jobs = _jobs(out)
+    assert list(jobs) == [
+        "1-inputs.sbatch", "2-tokenizer.sbatch", "3-tokenise.sbatch", "4-join.sbatch", "5-publish.sbatch"
+    ]  # fmt: skip
+    assert "#SBATCH --array=0-1%8\n" in jobs["3-tokenise.sbatch"]
+    assert f"--out '{out}' --stage tokenise --share \"$SLURM_ARRAY_TASK_ID/2\"" in jobs["3-tokenise.sbatch"]
+    assert "--array" not in jobs["5-publish.sbatch"] and f"data build '{tmp_path}" in jobs["5-publish.sbatch"]
+    for text in jobs.values():
+        assert "#SBATCH --requeue\n" in text and re.search(rf"#SBATCH --output='{re.escape(str(out))}/.*'\n", text)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_rendered_jobs_build_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out = _config(tmp_path / "inputs"), tmp_path / "data"
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
+    script, said = render_build(config, tmp_path / "inputs" / "data.yaml", out, workers=None)
+    assert said is not None and len(said.splitlines()) == 5
+    first, *others = (tmp_path / "log").read_text().splitlines()
+    assert "dependency" not in first
+    for before, line in enumerate(others, start=1):
+        assert f"--dependency=afterok:{before} --kill-on-invalid-dep=yes" in line
+    build_data(config, tmp_path / "here")
+    for path in (tmp_path / "here").rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            assert (out / path.relative_to(tmp_path / "here")).read_bytes() == path.read_bytes()
+
+
+def test_only_what_is_left_gets_a_job(tmp_path: Path) -> None:
+    config, out = _config(tmp_path / "inputs"), tmp_path / "data"
+    with pytest.raises(DataError, match="the input files are not hashed"):
+        work_on_share(config, out, "tokenise", "0/2")
+    work_on_share(config, out, "inputs", "0/1")
+    work_on_share(config, out, "tokenizer", "0/1")
+    work_on_share(config, out, "tokenise", "1/2")
+    render_build(config, tmp_path / "inputs" / "data.yaml", out, workers=None)
+    jobs = _jobs(out)
+    assert list(jobs) == ["1-tokenise.sbatch", "2-join.sbatch", "3-publish.sbatch"]
+    assert "#SBATCH --array=0-0\n" in jobs["1-tokenise.sbatch"]
+
+
+@pytest.mark.parametrize(("stage", "share"), [("tokenize", "0/2"), ("inputs", "2/2"), ("inputs", "x")])
+def test_no_such_share(tmp_path: Path, stage: str, share: str) -> None:
+    config, out = _config(tmp_path / "inputs"), tmp_path / "data"
+    work_on_share(config, out, "inputs", "0/1")
+    with pytest.raises(ConfigError, match="--stage tokenize" if stage == "tokenize" else f"--share {share}"):
+        work_on_share(config, out, stage, share)
+
+
+def test_a_refusal_of_the_scheduler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2; exit 1\n")
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    config = _config(tmp_path / "inputs")
+    with pytest.raises(EnvironmentProblem, match="invalid partition specified.*fix: set SBATCH_PARTITION"):
+        render_build(config, tmp_path / "inputs" / "data.yaml", tmp_path / "data", workers=None)
