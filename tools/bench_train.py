@@ -85,8 +85,8 @@ def write_run(folder: Path, shape: dict[str, Any], **changes: Any) -> Path:
     import numpy
     import yaml
 
-    from megatron_octo.data.index.pairs import write_indexed
     from megatron_octo.data.index.train_tokenizer import train_tokenizer
+    from megatron_octo.data.index.writer import write_indexed
 
     model, chance = shape["model"], numpy.random.default_rng(1)
     folder.mkdir(parents=True)

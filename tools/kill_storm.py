@@ -110,7 +110,7 @@ def write_run(folder: Path) -> Path:
     """Data and run file of a training that takes a second."""
     import yaml
 
-    from megatron_octo.data.index.pairs import write_indexed
+    from megatron_octo.data.index.writer import write_indexed
 
     chance = random.Random(7)
     documents = [[chance.randint(1, 90) for _ in range(chance.randint(10, 60))] + [0] for _ in range(200)]

@@ -149,7 +149,7 @@ def data_inspect(prefix: Path, as_json: AsJson = False) -> None:
 
     Example: octo data inspect data/web
     """
-    from megatron_octo.data.index.pairs import inspect
+    from megatron_octo.data.index.inspect import inspect
 
     print_facts(inspect(prefix), as_json)
 

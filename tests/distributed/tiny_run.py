@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 def write_data(folder: Path) -> None:
-    from megatron_octo.data.index.pairs import write_indexed
+    from megatron_octo.data.index.writer import write_indexed
 
     chance = random.Random(7)
     for name, stride in (("even", 2), ("odd", 3)):

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_octo.checkpoint.store import latest_checkpoint
 from megatron_octo.config.run import DataConfig
-from megatron_octo.data.index.pairs import write_indexed
+from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.data.reader import build_train_dataset
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.runtime.launch import launch

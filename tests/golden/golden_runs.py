@@ -38,7 +38,7 @@ def dtype_of(name: str) -> str:
 
 def write_data(folder: Path) -> None:
     """Documents that count in steps of two and three."""
-    from megatron_octo.data.index.pairs import write_indexed
+    from megatron_octo.data.index.writer import write_indexed
 
     chance = random.Random(7)
     for name, stride in (("even", 2), ("odd", 3)):

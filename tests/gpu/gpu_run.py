@@ -18,7 +18,7 @@ STEPS = 12
 
 
 def write_run(folder: Path) -> Path:
-    from megatron_octo.data.index.pairs import write_indexed
+    from megatron_octo.data.index.writer import write_indexed
 
     chance = random.Random(7)
     documents = [[(start + 2 * place) % 90 + 1 for place in range(chance.randint(100, 400))] for start in range(300)]

@@ -16,8 +16,9 @@ from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config, load_config, parse_config
 from megatron_octo.data.engine.build import build_data, only_writer
 from megatron_octo.data.engine.manifest import verify_data
-from megatron_octo.data.index.encode import Encoder
-from megatron_octo.data.index.pairs import IndexedWriter, import_indexed_dataset, read_index
+from megatron_octo.data.index.encode import load_encoder
+from megatron_octo.data.index.pairs import import_indexed_dataset, read_index
+from megatron_octo.data.index.writer import IndexedWriter
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.files import LOCK
 
@@ -58,7 +59,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _documents(out: Path, name: str) -> list[str]:
-    encoder, index = Encoder(out / "tokenizer"), read_index(out / name)
+    encoder, index = load_encoder(out / "tokenizer"), read_index(out / name)
     return [encoder.decode(index.document(number).tolist()) for number in range(index.documents)]
 
 
@@ -82,7 +83,7 @@ def test_manifest_says_what_is_there(built: Path) -> None:
 
 
 def test_documents_end_once_with_end_of_text(built: Path) -> None:
-    end = Encoder(built / "data" / "tokenizer").end
+    end = load_encoder(built / "data" / "tokenizer").end
     for name in BUDGETS:
         index = read_index(built / "data" / name)
         for number in range(index.documents):
@@ -208,7 +209,7 @@ def test_mended_input_of_an_unfinished_build_is_taken(tmp_path: Path) -> None:
 def test_corpus_shorter_than_its_budget_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path)
     corpus = {"path": str(tmp_path / "real.jsonl"), "text": "gsm8k", "tokens": "1M"}
-    with pytest.raises(DataError, match=r"corpora.real.tokens = 1000000, but .*real.jsonl has only \d+"):
+    with pytest.raises(DataError, match=r"corpora.real.tokens = 1000000, but its files have only \d+"):
         build_data(_config(tmp_path, corpora={"real": corpus}), tmp_path / "data")
     (tmp_path / "real.jsonl").write_text("")
     with pytest.raises(DataError, match="real.jsonl holds no documents"):
@@ -242,10 +243,9 @@ from pathlib import Path
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import load_config
 from megatron_octo.data.engine import build
-from megatron_octo.data.index.encode import Encoder
+from megatron_octo.data.index.encode import load_encoder
 import megatron_octo.data.index.train_tokenizer, transformers
-from megatron_octo.data.index.pairs import IndexedWriter, import_indexed_dataset
-import_indexed_dataset()
+from megatron_octo.data.index.writer import IndexedWriter
 
 config, root = load_config(DataBuildConfig, Path(sys.argv[1])), Path(sys.argv[2])
 calls = 0
@@ -265,7 +265,7 @@ def dying(function, after):
 def build_and_die(out, after):
     for name in ("replace", "rename"):
         setattr(Path, name, dying(getattr(Path, name), after))
-    IndexedWriter.add = dying(IndexedWriter.add, after) if at % 3 == 0 else IndexedWriter.add
+    IndexedWriter.write = dying(IndexedWriter.write, after) if at % 3 == 0 else IndexedWriter.write
     build.build_data(config, out)
 
 killed = 0

@@ -9,14 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_octo.data.index.pairs import (
-    bin_path,
-    idx_path,
-    import_indexed_dataset,
-    inspect,
-    read_index,
-    write_indexed,
-)
+from megatron_octo.data.index.inspect import inspect
+from megatron_octo.data.index.pairs import bin_path, idx_path, import_indexed_dataset, read_index
+from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_file
 

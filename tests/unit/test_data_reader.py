@@ -14,7 +14,8 @@ import torch
 
 from megatron_octo.config.run import DataConfig, Source
 from megatron_octo.data import mixture
-from megatron_octo.data.index.pairs import bin_path, read_index, write_indexed
+from megatron_octo.data.index.pairs import bin_path, read_index
+from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.data.mixture import check_tokenizer, check_tokens, shares
 from megatron_octo.data.reader import TrainDataset, build_train_dataset, windows
 from megatron_octo.errors import DataError, EnvironmentProblem

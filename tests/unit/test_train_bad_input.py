@@ -17,7 +17,7 @@ import yaml
 from megatron_octo.checkpoint import store
 from megatron_octo.cli import root as cli
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.index.pairs import write_indexed
+from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.runtime import launch
 
 RUN: dict[str, Any] = {

@@ -13,7 +13,7 @@ from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, r
 from megatron_octo.data.engine.shards import Shard, list_shards
 from megatron_octo.data.engine.stage import Stage, calls_of
 from megatron_octo.data.engine.tasks import TOKENISE, Build, Corpus, Piece, drop_pieces, join, make_tokenizer, tokenise
-from megatron_octo.data.index.encode import Encoder
+from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.jsonl import input_path
 from megatron_octo.files import hash_json
 
@@ -52,7 +52,7 @@ class Plan:
                 found[where] = {path.name: look_at(str(path))}
         if config.tokenizer.path is not None:
             directory = expand_path(config.tokenizer.path, "tokenizer.path")
-            Encoder(directory)
+            load_encoder(directory, config.index)
             found["tokenizer.path"] = {path.name: look_at(str(path)) for path in sorted(directory.iterdir())}
         return found
 

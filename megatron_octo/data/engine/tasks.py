@@ -9,16 +9,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datatrove.data import Document
+
 from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.data.engine.inputs import InputFile, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.shards import Shard
-from megatron_octo.data.engine.stage import FILES, RECORDS, advance
-from megatron_octo.data.index.encode import Encoder
-from megatron_octo.data.index.pairs import IndexedWriter, bin_path, idx_path, read_index
+from megatron_octo.data.engine.stage import FILES, RECORDS
+from megatron_octo.data.index.encode import load_encoder
+from megatron_octo.data.index.join import join_pieces
+from megatron_octo.data.index.table import pair_files
+from megatron_octo.data.index.tokenise import write_piece
 from megatron_octo.data.sources import heldout_questions, problems, texts
-from megatron_octo.errors import DataError
-from megatron_octo.files import hash_directory, hash_file, read_json
+from megatron_octo.files import hash_directory, read_json
 
 TOKENISE = "tokenise"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -101,8 +104,15 @@ def make_tokenizer(build: Build, corpora: list[str]) -> dict[str, Any]:
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    encoder = Encoder(directory)
-    facts = {"sha256": hash_directory(directory), "vocabulary": encoder.vocabulary, "end_of_text": encoder.end}
+    encoder = load_encoder(directory, config.index)
+    facts = {
+        "sha256": hash_directory(directory),
+        "vocabulary": encoder.vocabulary,
+        "rows": encoder.rows,
+        "begin_of_text": encoder.begin,
+        "end_of_text": encoder.end,
+        "left_out_of_its_own": encoder.added_by_itself,
+    }
     return {**facts, FILES: _sizes(build, sorted(directory.iterdir()))}
 
 
@@ -132,25 +142,21 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
     if budget is not None and _tokens_before(build, piece, budget) >= budget:
         return {"needed": False}
     config, shard = build.config, piece.shard
-    prefix = build.work / "pieces" / shard.corpus / f"{shard.number:05}"
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    prefix = _piece_prefix(build, shard.corpus, shard.number)
     found = texts(config, shard.corpus, heldout_questions(problems(config, "heldout")))
-    encoder = Encoder(build.result / "tokenizer")
-    with IndexedWriter(prefix, encoder.vocabulary) as writer:
-        for tokens in encoder.documents(found.documents):
-            writer.add(tokens)
-            advance(len(tokens))
-            if budget is not None and writer.tokens >= budget:
-                break
-        writer.publish()
+    name = f"{shard.corpus}/{Path(shard.path).name}" if shard.path else shard.corpus
+    documents = (Document(text, f"{name}:{number}") for number, text in enumerate(found.documents, start=1))
+    skipped: dict[str, int] = {}
+    facts = write_piece(documents, prefix, load_encoder(build.result / "tokenizer", config.index), skipped, budget)
     if piece.file is not None:
         refuse_change(piece.file)
-    facts: dict[str, Any] = {"documents": writer.documents, "tokens": writer.tokens}
-    if writer.documents:
-        facts |= {"largest_token": writer.largest_token, "unigram_entropy": writer.unigram_entropy}
     if found.bad is not None:
         facts |= {"bad_lines": found.bad.count, "first_bad_lines": found.bad.first, "heldout_left_out": found.heldout}
-    return {**facts, FILES: _sizes(build, [bin_path(prefix), idx_path(prefix)])}
+    return {**facts, "skipped": skipped, FILES: _sizes(build, pair_files(prefix))}
+
+
+def _piece_prefix(build: Build, corpus: str, number: int) -> Path:
+    return build.work / "pieces" / corpus / f"{number:05}"
 
 
 def _tokens_before(build: Build, piece: Piece, budget: int) -> int:
@@ -172,25 +178,16 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
     """
     numbers = range(*corpus.pieces)
     facts = [read_json(build.work / RECORDS / TOKENISE / f"{number:05}.json")["facts"] for number in numbers]
-    prefix, piece = build.result / corpus.name, build.work / "pieces" / corpus.name / "00000"
-    where, budget = f"corpora.{corpus.name}", build.config.budgets[corpus.name]
-    path = build.config.corpora[corpus.name].path if corpus.name in build.config.corpora else "the world"
-    if not facts[0]["documents"]:
-        raise DataError(f"{where}: {path} holds no documents", fix="check the file")
-    if budget is not None and facts[0]["tokens"] < budget:
-        raise DataError(
-            f"{where}.tokens = {budget}, but {path} has only {facts[0]['tokens']}",
-            "a token budget is a promise to the mixture",
-            f"set {where}.tokens to all or to at most {facts[0]['tokens']}",
-        )
-    for path in (bin_path, idx_path):
-        temporary = path(prefix).with_suffix(".partial")
-        shutil.copyfile(path(piece), temporary)
-        temporary.rename(path(prefix))
-    files = (bin_path(prefix), idx_path(prefix))
-    found = {name: value for name, value in facts[0].items() if name != FILES}
-    found |= {"dtype": read_index(prefix).dtype.name, "bytes": sum(path.stat().st_size for path in files)}
-    return {**found, "sha256": {path.name: hash_file(path) for path in files}, FILES: _sizes(build, files)}
+    needed = [(number, found) for number, found in enumerate(facts) if found.get("needed", True)]
+    prefix = build.result / corpus.name
+    joined = join_pieces(
+        [_piece_prefix(build, corpus.name, number) for number, _ in needed],
+        prefix,
+        build.config.budgets[corpus.name],
+        [found["blake3"] for _, found in needed],
+    )
+    told = {name: found for name, found in facts[0].items() if name not in (FILES, "blake3")}
+    return {**told, **joined, FILES: _sizes(build, pair_files(prefix))}
 
 
 def drop_pieces(build: Build, corpus: Corpus) -> None:

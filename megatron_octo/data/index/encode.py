@@ -1,88 +1,193 @@
-"""Text -> tokens with a tokenizer directory in Hugging Face form, without importing transformers."""
+"""Text -> tokens under the build's own rules, whatever a tokenizer's files would add or read into a text."""
 
 from __future__ import annotations
 
 import json
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
+
+from megatron_octo.config.index import IndexConfig
+from megatron_octo.data.index.pairs import token_dtype
 from megatron_octo.errors import DataError
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 _BATCH = 512
+_THREADS = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
-class Encoder:
-    """A tokenizer that turns documents into tokens with one end mark each.
-
-    Marks written in a text, such as `<|end_of_text|>`, stay text: only the end mark added here is a control token.
+@dataclass(frozen=True)
+class Batch:
+    """Documents as they are stored.
 
     Args:
-        directory: holds `tokenizer.json` and `tokenizer_config.json`.
-
-    Raises:
-        DataError: a file is missing or damaged, or no end-of-text token is named.
+        content: tokens of all documents, marks included.
+        lengths: tokens of each document; 0 for one whose text has none.
+        counts: how often each token occurs, int64 [rows].
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._tokenizer = _load(directory)
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.end = _end_token(directory, self._tokenizer)
+    content: bytes
+    lengths: list[int]
+    counts: np.ndarray
+
+
+class Encoder(ABC):
+    """A tokenizer under the rules of an `IndexConfig`.
+
+    Args:
+        path: of its file, for messages.
+        entries: of the tokenizer: what Megatron-LM calls its size.
+        rows: largest token id plus 1: the embedding needs at least as many.
+        control: token ids that no text may become, by the text of the mark; empty where marks in texts are meant.
+        begin: token before each document, or None.
+        end: token after each document, or None.
+    """
+
+    def __init__(
+        self, path: Path, entries: int, rows: int, control: dict[str, int], begin: int | None, end: int | None
+    ) -> None:
+        self.path, self.vocabulary, self.rows = path, entries, rows
+        self.begin, self.end = begin, end
+        self.dtype = token_dtype(max(entries, rows))
+        """Type of a stored token."""
+        self._begin, self._end = (self._stored([] if mark is None else [mark]) for mark in (begin, end))
+        self._control = np.array(sorted(control.values()), np.int64)
+        self._marks = sum(mark in control.values() for mark in (begin, end))
+        self._refuse_marks_in_texts(control)
+
+    def encode(self, texts: list[str]) -> Batch:
+        """Encode documents: tokens of each text between the marks of the rules.
+
+        Raises:
+            ControlToken: a text became a control token although the rules say that it stays text.
+        """
+        size, begin, end = self.dtype.itemsize, self._begin, self._end
+        stored = [begin + tokens + end if tokens else b"" for tokens in self._texts(texts)]
+        content = b"".join(stored)
+        counts = np.bincount(np.frombuffer(content, self.dtype), minlength=self.rows)
+        documents = sum(map(bool, stored))
+        if len(self._control) and counts[self._control].sum() != self._marks * documents:
+            raise ControlToken(*self._first_control_token(stored))
+        return Batch(content, [len(tokens) // size for tokens in stored], counts)
 
     def documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Encode documents in order: tokens of the text and one end mark; no begin mark."""
+        """Encode documents in order, marks included."""
         texts = iter(texts)
         while batch := list(islice(texts, _BATCH)):
-            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                yield [*encoding.ids, self.end]
+            found = self.encode(batch)
+            tokens, first = np.frombuffer(found.content, self.dtype).tolist(), 0
+            for length in found.lengths:
+                yield tokens[first : first + length]
+                first += length
 
+    @abstractmethod
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, control tokens shown."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    @property
+    @abstractmethod
+    def added_by_itself(self) -> list[str]:
+        """Marks that the tokenizer's own files would put around a text; the rules decide, and these are left out."""
+
+    @abstractmethod
+    def _texts(self, texts: list[str]) -> list[bytes]:
+        """Tokens of each text as they are stored, without marks."""
+
+    def _stored(self, tokens: list[int]) -> bytes:
+        return np.array(tokens, self.dtype).tobytes()
+
+    def _refuse_marks_in_texts(self, control: dict[str, int]) -> None:
+        """Some tokenizers cannot keep a mark as text; that is told before the first document."""
+        if not control:
+            return
+        for mark, tokens in zip(control, self._texts(list(control)), strict=True):
+            if np.isin(np.frombuffer(tokens, self.dtype), self._control).any():
+                raise DataError(
+                    f"{self.path}: '{mark}' written in a text becomes a control token",
+                    "index.special_tokens = text says that it stays text, which this tokenizer cannot do",
+                    "set index.special_tokens: control, or use another tokenizer",
+                )
+
+    def _first_control_token(self, stored: list[bytes]) -> tuple[int, int]:
+        for place, tokens in enumerate(stored):
+            inside = tokens[len(self._begin) : len(tokens) - len(self._end)]
+            ids = np.frombuffer(inside, self.dtype)
+            if (found := ids[np.isin(ids, self._control)]).size:
+                return place, int(found[0])
+        raise AssertionError("the counts show a control token that no document holds")
 
 
-def vocabulary_of(directory: Path) -> int:
-    """Entries of a tokenizer, added tokens included: the embedding needs at least as many rows.
+class ControlToken(Exception):
+    """A text became a control token: `place` in the batch, and the token's id."""
+
+    def __init__(self, place: int, token: int) -> None:
+        self.place, self.token = place, token
+        super().__init__(f"text {place} holds control token {token}")
+
+
+def load_encoder(path: Path, index: IndexConfig | None = None) -> Encoder:
+    """Open a tokenizer.
+
+    Args:
+        path: a directory with `tokenizer.json` or `tokenizer.model`, or a SentencePiece `.model` file.
+        index: the rules; their defaults where None.
 
     Raises:
-        DataError: there is no readable `tokenizer.json`.
+        DataError: a file is missing or damaged, no end mark is named where the rules want one, or the tokenizer
+            cannot keep to the rules.
     """
-    return max(_load(directory).get_vocab(with_added_tokens=True).values()) + 1
+    from megatron_octo.data.index.hugging_face import HuggingFaceEncoder
+    from megatron_octo.data.index.sentence_piece import SentencePieceEncoder
+
+    index = index or IndexConfig()
+    model = path if path.suffix == ".model" else path / "tokenizer.model"
+    if model.is_file() and not (path / "tokenizer.json").is_file():
+        return SentencePieceEncoder(model, index)
+    return HuggingFaceEncoder(path, index)
 
 
-def _load(directory: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
+def vocabulary_of(path: Path) -> int:
+    """Rows an embedding needs at least for a tokenizer, added tokens included.
 
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(
-            f"{path} does not exist",
-            "a tokenizer directory holds tokenizer.json and tokenizer_config.json",
-            "name another directory, or convert it: AutoTokenizer.from_pretrained(old).save_pretrained(new)",
-        )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises a bare Exception
-        raise DataError(f"{path} is not a tokenizer ({error})", fix="restore the file") from None
+    Raises:
+        DataError: there is no readable tokenizer.
+    """
+    return load_encoder(path, IndexConfig(eos="none", special_tokens="control")).rows
 
 
-def _end_token(directory: Path, tokenizer: Tokenizer) -> int:
+def settings_of(directory: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
     path = directory / "tokenizer_config.json"
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error})", "it names the end-of-text token", "restore the file"
-        ) from None
-    text = named.get("content") if isinstance(named, dict) else named
-    number = tokenizer.token_to_id(text) if isinstance(text, str) else None
-    if number is None:
-        raise DataError(f"{path}: eos_token = {text!r} is not in the tokenizer", "every document ends with it")
-    return number
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason: object = "it is no JSON object"
+    except (OSError, ValueError) as error:
+        reason = error
+    raise DataError(f"{path} cannot be read ({reason})", "it names the end-of-text token", "restore the file")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tokenise in this thread alone: a worker is one core, and threads of several workers would fight for it."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(_THREADS)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,17 +1,14 @@
 """Megatron's indexed datasets: a pair of files, tokens in `.bin` and where each document lies in `.idx`.
 
-Writing goes through megatron-core's own builder, so the bytes are those of Megatron-LM's tool. Reading the header here
-needs neither torch nor megatron, and checks what megatron's reader does not: that the two files belong together.
+The bytes are those of Megatron-LM's own tool; neither writing nor reading needs torch or megatron. Reading checks what
+megatron's reader does not: that the two files belong together.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import struct
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron_octo.errors import DataError
-from megatron_octo.files import flush_to_disk
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document marks
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_SMALL_VOCABULARY = 65_500  # Megatron-LM's border between two and four bytes a token
+_STRETCH = 1 << 20  # documents, or tokens, looked at in one go
 
 
 @dataclass(frozen=True)
@@ -33,24 +31,21 @@ class Index:
     Args:
         prefix: path of the pair without suffix.
         dtype: type of one stored token.
-        lengths: tokens of each document, int32 [documents].
-        pointers: byte offset of each document in the `.bin`, int64 [documents].
+        lengths: tokens of each document, int32 [documents], mapped and not read.
+        pointers: byte offset of each document in the `.bin`, int64 [documents], mapped and not read.
+        tokens: tokens of all documents, their end marks included.
     """
 
     prefix: Path
     dtype: np.dtype[Any]
     lengths: np.ndarray
     pointers: np.ndarray
+    tokens: int
 
     @property
     def documents(self) -> int:
         """Number of documents."""
         return len(self.lengths)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all documents, their end marks included."""
-        return int(self.lengths.sum(dtype=np.int64))
 
     def all_tokens(self) -> np.ndarray:
         """Every stored token in file order, [tokens], mapped and not read."""
@@ -74,105 +69,83 @@ def idx_path(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-class IndexedWriter:
-    """Writes one pair under temporary names and publishes it when both files are complete.
+def token_dtype(entries: int) -> np.dtype[Any]:
+    """Type of a stored token for a tokenizer of so many entries: uint16 below 65,500, else int32, as in Megatron-LM."""
+    return np.dtype(np.uint16 if entries < _SMALL_VOCABULARY else np.int32)
 
-    Use as a context manager: what was not published when it ends is deleted.
+
+def stretches(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A long array piece by piece, so that work on it takes the same memory however long it is."""
+    for first in range(0, len(array), _STRETCH):
+        yield array[first : first + _STRETCH]
+
+
+def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray) -> None:
+    """Write an `.idx` file for documents that lie one behind the other, each of one sequence.
 
     Args:
-        prefix: path of the pair without suffix; its directory must exist.
-        vocabulary: entries of the tokenizer; below 65,500 a token takes two bytes, else four, as in Megatron-LM.
+        path: of the file.
+        dtype: type of one stored token.
+        lengths: tokens of each document, int32 [documents].
     """
-
-    def __init__(self, prefix: Path, vocabulary: int) -> None:
-        megatron = import_indexed_dataset()
-        self.prefix = prefix
-        self.documents = self.tokens = 0
-        self._counts: Counter[int] = Counter()
-        self._temporary = Path(f"{prefix}.partial")
-        self._builder = megatron.IndexedDatasetBuilder(
-            str(bin_path(self._temporary)), dtype=megatron.DType.optimal_dtype(vocabulary)
-        )
-
-    def __enter__(self) -> IndexedWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for path in (bin_path, idx_path):
-            path(self._temporary).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what is left in its buffer may not fit on the disk, and is of no use
-            self._builder.data_file.close()
-
-    def add(self, tokens: list[int]) -> None:
-        """Append one document, end mark included."""
-        self._builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
-        self.tokens += len(tokens)
-        self._counts.update(tokens)
-
-    @property
-    def largest_token(self) -> int:
-        """The highest token id written."""
-        return max(self._counts)
-
-    @property
-    def unigram_entropy(self) -> float:
-        """Nats per token of a reader who knows only how often each token occurs: the loss to fall below."""
-        shares = (count / self.tokens for count in self._counts.values())
-        return -sum(share * math.log(share) for share in shares)
-
-    def publish(self) -> None:
-        """Write the index, flush both files to disk and give them their names; the `.idx` last."""
-        self._builder.finalize(str(idx_path(self._temporary)))
-        for path in (bin_path, idx_path):
-            flush_to_disk(path(self._temporary))
-        idx_path(self.prefix).unlink(missing_ok=True)  # an old index must never stand beside new tokens
-        bin_path(self._temporary).replace(bin_path(self.prefix))
-        idx_path(self._temporary).replace(idx_path(self.prefix))
-
-
-def write_indexed(prefix: Path, documents: Iterable[list[int]], vocabulary: int) -> IndexedWriter:
-    """Write a whole pair at once; returns the finished writer with its counts."""
-    with IndexedWriter(prefix, vocabulary) as writer:
-        for document in documents:
-            writer.add(document)
-        writer.publish()
-    return writer
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    with path.open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        for part in stretches(lengths):
+            file.write(part.astype("<i4", copy=False).tobytes())
+        start = 0
+        for part in stretches(lengths):
+            ends = start + np.cumsum(part, dtype=np.int64) * dtype.itemsize
+            file.write((ends - part.astype(np.int64) * dtype.itemsize).astype("<i8", copy=False).tobytes())
+            start = int(ends[-1])
+        for first in range(0, len(lengths) + 1, _STRETCH):
+            file.write(np.arange(first, min(first + _STRETCH, len(lengths) + 1), dtype="<i8").tobytes())
 
 
 def read_index(prefix: Path) -> Index:
-    """Read an index and check it against its token file.
+    """Open an index and check it against its token file.
 
     Args:
         prefix: path of the pair without suffix.
 
     Returns:
-        The index, with lengths and pointers in memory.
+        The index; takes the same memory for any number of documents.
 
     Raises:
         DataError: a file is missing, the index is empty, truncated or not an index, or the pair does not fit together.
     """
-    path, raw = idx_path(prefix), _read_pair(prefix)
-    if len(raw) < _HEADER.size:
-        raise _damaged(path, f"{len(raw)} bytes are too few for an index")
-    magic, version, code, count, marks = _HEADER.unpack_from(raw)
+    _check_present(prefix)
+    path = idx_path(prefix)
+    with path.open("rb") as file:
+        header, size = file.read(_HEADER.size), path.stat().st_size
+    if len(header) < _HEADER.size:
+        raise damaged(path, f"{size} bytes are too few for an index")
+    magic, version, code, count, marks = _HEADER.unpack(header)
     if magic != _MAGIC:
-        raise _damaged(path, "it does not start with the mark of a Megatron index")
+        raise damaged(path, "it does not start with the mark of a Megatron index")
     if version != 1 or code not in _DTYPES:
-        raise _damaged(path, f"version {version} with token type {code} is unknown")
+        raise damaged(path, f"version {version} with token type {code} is unknown")
     expected = _HEADER.size + count * (4 + 8) + marks * 8
-    if len(raw) != expected:
-        raise _damaged(path, f"{len(raw)} bytes, but its {count} documents need {expected}")
-    offset = _HEADER.size
-    lengths = np.frombuffer(raw, np.int32, count, offset)
-    pointers = np.frombuffer(raw, np.int64, count, offset + 4 * count)
-    ends = np.frombuffer(raw, np.int64, marks, offset + 12 * count)
-    index = Index(prefix, np.dtype(_DTYPES[code]), lengths, pointers)
-    _check_contents(index, ends)
-    return index
+    if size != expected:
+        raise damaged(path, f"{size} bytes, but its {count} documents need {expected}")
+    raw = np.memmap(path, np.uint8, mode="r")
+    lengths, pointers, ends = (
+        np.frombuffer(raw, kind, length, offset)
+        for kind, length, offset in (
+            (np.int32, count, _HEADER.size),
+            (np.int64, count, _HEADER.size + 4 * count),
+            (np.int64, marks, _HEADER.size + 12 * count),
+        )
+    )
+    dtype = np.dtype(_DTYPES[code])
+    tokens = _check_documents(path, lengths, pointers, ends, dtype.itemsize)
+    stored, needed = bin_path(prefix).stat().st_size, tokens * dtype.itemsize
+    if stored != needed:
+        raise damaged(bin_path(prefix), f"{stored} bytes, but {path.name} counts {tokens} tokens in {needed} bytes")
+    return Index(prefix, dtype, lengths, pointers, tokens)
 
 
-def _read_pair(prefix: Path) -> bytes:
+def _check_present(prefix: Path) -> None:
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             named = prefix.suffix in (".bin", ".idx")
@@ -181,63 +154,30 @@ def _read_pair(prefix: Path) -> bytes:
                 "an indexed dataset is a pair .bin and .idx",
                 f"name it without suffix: {prefix.with_suffix('')}" if named else "build it with `octo data build`",
             )
-    return idx_path(prefix).read_bytes()
 
 
-def _check_contents(index: Index, ends: np.ndarray) -> None:
-    path, count, size = idx_path(index.prefix), index.documents, index.dtype.itemsize
-    if count and int(index.lengths.min()) < 0:
-        raise _damaged(path, "it holds a negative document length")
-    ends_of_documents = np.cumsum(index.lengths, dtype=np.int64) * size
-    if not np.array_equal(index.pointers, ends_of_documents - index.lengths.astype(np.int64) * size):
-        raise _damaged(path, "its document positions do not follow from its document lengths")
-    if not np.array_equal(ends, np.arange(count + 1)):
-        raise _damaged(path, "its document marks do not run from 0 to the number of documents")
-    stored, expected = bin_path(index.prefix).stat().st_size, index.tokens * size
-    if stored != expected:
-        raise _damaged(
-            bin_path(index.prefix), f"{stored} bytes, but {path.name} counts {index.tokens} tokens in {expected} bytes"
-        )
+def _check_documents(path: Path, lengths: np.ndarray, pointers: np.ndarray, ends: np.ndarray, size: int) -> int:
+    """Documents lie one behind the other and are marked one by one; returns the tokens of all."""
+    start = place = 0
+    for part, places in zip(stretches(lengths), stretches(pointers), strict=True):
+        if int(part.min()) < 0:
+            raise damaged(path, "it holds a negative document length")
+        behind = start + np.cumsum(part, dtype=np.int64)
+        if not np.array_equal(places, (behind - part) * size):
+            raise damaged(path, "its document positions do not follow from its document lengths")
+        start = int(behind[-1])
+    if len(ends) != len(lengths) + 1:
+        raise damaged(path, f"{len(ends)} document marks for {len(lengths)} documents")
+    for part in stretches(ends):
+        if not np.array_equal(part, np.arange(place, place + len(part))):
+            raise damaged(path, "its document marks do not run from 0 to the number of documents")
+        place += len(part)
+    return start
 
 
-def _damaged(path: Path, reason: str) -> DataError:
+def damaged(path: Path, reason: str) -> DataError:
+    """The error for a file that is not as it was written."""
     return DataError(f"{path} is damaged: {reason}", "it must be exactly what was written", "build it again")
-
-
-def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict[str, Any]:
-    """Facts about a pair, for people.
-
-    Args:
-        prefix: path of the pair without suffix.
-        first: how many documents to show.
-        tokenizer: directory to decode with; by default `tokenizer/` beside the pair, if there.
-
-    Returns:
-        documents, tokens, dtype, bytes, largest_token, shortest, longest and `first`: the first documents as text
-        (as token ids where there is no tokenizer).
-
-    Raises:
-        DataError: the pair is missing or damaged.
-    """
-    index = read_index(prefix)
-    directory = tokenizer or prefix.parent / "tokenizer"
-    shown = [index.document(number).tolist() for number in range(min(first, index.documents))]
-    if (directory / "tokenizer.json").is_file():
-        from megatron_octo.data.index.encode import Encoder
-
-        shown = [Encoder(directory).decode(tokens) for tokens in shown]
-    tokens = index.all_tokens()
-    return {
-        "prefix": str(prefix),
-        "documents": index.documents,
-        "tokens": index.tokens,
-        "dtype": index.dtype.name,
-        "bytes": tokens.nbytes,
-        "largest_token": int(tokens.max()) if len(tokens) else None,
-        "shortest": int(index.lengths.min()) if index.documents else None,
-        "longest": int(index.lengths.max()) if index.documents else None,
-        "first": shown,
-    }
 
 
 def import_indexed_dataset() -> Any:

@@ -1,0 +1,96 @@
+"""Tokenizers in Hugging Face form, without importing transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_octo.config.index import IndexConfig
+from megatron_octo.data.index.encode import Encoder, settings_of
+from megatron_octo.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class HuggingFaceEncoder(Encoder):
+    """A directory with `tokenizer.json`, and `tokenizer_config.json` for the names of its marks.
+
+    Args:
+        directory: of the tokenizer.
+        index: the rules.
+
+    Raises:
+        DataError: see `load_encoder`.
+    """
+
+    def __init__(self, directory: Path, index: IndexConfig) -> None:
+        path = directory / "tokenizer.json"
+        self._tokenizer, self._form = _load(path)
+        self._tokenizer.encode_special_tokens = index.special_tokens == "text"
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        begin = self._mark(directory, "bos_token", None) if index.bos == "before_document" else None
+        end = self._mark(directory, "eos_token", index.eos_token) if index.eos == "after_document" else None
+        control = self._special_tokens() if index.special_tokens == "text" else {}
+        super().__init__(path, len(ids), max(ids.values()) + 1, control, begin, end)
+
+    def decode(self, tokens: list[int]) -> str:
+        """See `Encoder.decode`."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    @property
+    def added_by_itself(self) -> list[str]:
+        """See `Encoder.added_by_itself`."""
+        return self._tokenizer.encode("", add_special_tokens=True).tokens
+
+    def _texts(self, texts: list[str]) -> list[bytes]:
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype).tobytes() for encoding in found]
+
+    def _special_tokens(self) -> dict[str, int]:
+        """Marks by their text; the unknown token is none of them, for unknown text does become it."""
+        model = self._form["model"]
+        unknown = model.get("unk_token")
+        if model.get("unk_id") is not None:
+            unknown = model["vocab"][model["unk_id"]][0]
+        return {
+            token["content"]: token["id"]
+            for token in self._form.get("added_tokens") or []
+            if token["special"] and token["content"] != unknown
+        }
+
+    def _mark(self, directory: Path, name: str, text: str | None) -> int:
+        if text is None:
+            named = settings_of(directory).get(name)
+            text = named.get("content") if isinstance(named, dict) else named
+        number = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if number is None:
+            where, end = directory / "tokenizer_config.json", name == "eos_token"
+            raise DataError(
+                f"{where}: {name} = {text!r} is not in the tokenizer",
+                "every document ends with it" if end else "index.bos asks for it before every document",
+                "name it in index.eos_token, or set index.eos: none" if end else "set index.bos: none",
+            )
+        return number
+
+
+def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """A tokenizer, and its file as JSON."""
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist",
+            "a tokenizer directory holds tokenizer.json and tokenizer_config.json, or tokenizer.model",
+            "name another directory, or convert it: AutoTokenizer.from_pretrained(old).save_pretrained(new)",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        return Tokenizer.from_str(text), json.loads(text)
+    except Exception as error:  # the Rust side raises a bare Exception
+        raise DataError(f"{path} is not a tokenizer ({error})", fix="restore the file") from None
