@@ -212,7 +212,7 @@ def test_corpus_shorter_than_its_budget_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"corpora.real.tokens = 1000000, but its files have only \d+"):
         build_data(_config(tmp_path, corpora={"real": corpus}), tmp_path / "data")
     (tmp_path / "real.jsonl").write_text("")
-    with pytest.raises(DataError, match="real.jsonl holds no documents"):
+    with pytest.raises(DataError, match="corpora.real holds no documents"):
         build_data(config, tmp_path / "empty")
 
 
