@@ -1,0 +1,1 @@
+"""What a build leaves out of its corpora: duplicates, and what the benchmarks ask."""
