@@ -40,17 +40,21 @@ class Progress:
         unit: what is counted, e.g. "tokens", "problems".
         done: amount done before this process started (a resumed run).
         lines: where stderr is no terminal, print a plain line every half minute, so that a batch job's log tells.
+        quiet: seconds before the first of these lines; work that takes less prints none.
     """
 
     def __init__(
-        self, label: str, total: float | None, unit: str = "tokens", done: float = 0, lines: bool = False
-    ) -> None:
+        self, label: str, total: float | None, unit: str = "tokens", done: float = 0, lines: bool = False,
+        quiet: float = 0.0,
+    ) -> None:  # fmt: skip
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self._before, self._began = done, time.time()  # an estimate counts what this process did, not what it found
         self._file = os.environ.get(PROGRESS_VARIABLE)
         self._lines = lines and not sys.stderr.isatty()
         self._bar: Any = None
-        self._last_write = self._last_line = 0.0
+        self._last_write = 0.0
+        self._last_line = time.monotonic() + quiet - _SECONDS_BETWEEN_LINES
+        self._spoke = not quiet
         self._facts: dict[str, Any] = {}
         self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
 
@@ -68,7 +72,7 @@ class Progress:
         self._write(force=True)
         if self._bar is not None:
             self._bar.stop()
-        if self.done > self._before:
+        if self.done > self._before and self._spoke:
             self._line(force=True)
 
     def advance(self, amount: float = 1, **facts: Any) -> None:
@@ -115,7 +119,7 @@ class Progress:
         now = time.monotonic()
         if not self._lines or (not force and now - self._last_line < _SECONDS_BETWEEN_LINES):
             return
-        self._last_line = now
+        self._last_line, self._spoke = now, True
         share = [f"{self.done / self.total:.1%}"] if self.total else []
         parts = [*share, *(text for text in self._columns().values() if text)]
         print(f"{time.strftime('%H:%M:%S')} {self.label}: {' · '.join(parts)}", file=sys.stderr, flush=True)

@@ -49,20 +49,21 @@ def build_data(
     out = out.absolute()
     executor_of(executor, workers)  # what is wrong or missing is told before anything is written
     build_world(config)
-    Plan(config, out)
+    plan = Plan(config, out)
     with only_writer(out) as lock, executor_of(executor, workers, lock) as team:
         finish_publishing(out)
         finished = claim(out, config)
-        plan = Plan(config, out, intact_sources(out, finished) if finished else frozenset())
         hashes = _hash_inputs(plan, team)
         inputs = plan.inputs_by_field(hashes)
+        intact: frozenset[str] = frozenset()
         if finished:
             _refuse_other(out, "inputs", finished["inputs"], inputs)
             if _is_whole(out):
                 shutil.rmtree(out / WORK)
                 return finished
+            intact = intact_sources(out, finished)
         sets = _build_problems(config, out / WORK / RESULT)
-        facts = run_stages(plan.stages(hashes), out / WORK, team)
+        facts = run_stages(plan.stages(hashes, intact), out / WORK, team)
         plan.refuse_changes()
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}

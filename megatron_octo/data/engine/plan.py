@@ -27,15 +27,14 @@ class Plan:
     Args:
         config: what is built.
         out: data directory, absolute.
-        intact: sources of a finished build that need not be made again.
 
     Raises:
         DataError: an input is missing.
         ConfigError: a path names an environment variable that is not set.
     """
 
-    def __init__(self, config: DataBuildConfig, out: Path, intact: frozenset[str] = frozenset()) -> None:
-        self.build, self.intact = Build(config, out), intact
+    def __init__(self, config: DataBuildConfig, out: Path) -> None:
+        self.build = Build(config, out)
         self.shards = {name: list_shards(config, name) for name in config.sources}
         self.files = self._files()
 
@@ -77,11 +76,12 @@ class Plan:
             for where, files in self.files.items()
         }
 
-    def stages(self, hashes: dict[str, str]) -> list[Stage]:
+    def stages(self, hashes: dict[str, str], intact: frozenset[str] = frozenset()) -> list[Stage]:
         """All stages after the first.
 
         Args:
             hashes: of the input files, by path; the names and sizes of the stages do not depend on them.
+            intact: sources of a finished build that need not be made again.
         """
         config, base = self.build.config, self._base(hashes)
         trained = config.tokenizer.train
@@ -90,13 +90,14 @@ class Plan:
         tokenizer = {**base, "inputs": self._hashes(hashes, read)}
         stages = [Stage(TOKENIZER, [corpora], self._work(make_tokenizer), tokenizer)]
         pieces = self._pieces(hashes, {**base, "tokenizer": hash_json(tokenizer)})
-        join = self._join(pieces)
+        join = self._join(pieces, intact)
         return [*stages, replace(pieces, skip=self._joined(pieces, join)), join]
 
     def _joined(self, pieces: Stage, join: Stage) -> frozenset[int]:
         """Numbers of pieces that are not needed any more, for their corpus is there."""
         work = self.build.work
-        done = {call.task.name for call in calls_of(join, work) if call.done(work) is not None} | self.intact
+        calls = calls_of(join, work)
+        done = {call.task.name for call in calls if call.number in join.skip or call.done(work) is not None}
         return frozenset(number for number, task in enumerate(pieces.tasks) if task.shard.corpus in done)
 
     def _base(self, hashes: dict[str, str]) -> dict[str, Any]:
@@ -127,13 +128,13 @@ class Plan:
         """Bytes to read, or tokens to generate."""
         return task.file.bytes if task.file else self.build.config.budgets[task.shard.corpus] or 1
 
-    def _join(self, pieces: Stage) -> Stage:
+    def _join(self, pieces: Stage, intact: frozenset[str]) -> Stage:
         keys = [call.key for call in calls_of(pieces, self.build.work)]
         tasks, first = [], 0
         for name, shards in self.shards.items():
             end = first + len(shards)
             tasks.append(Corpus(name, (first, end), hash_json(keys[first:end])))
             first = end
-        skip = frozenset(number for number, task in enumerate(tasks) if task.name in self.intact)
+        skip = frozenset(number for number, task in enumerate(tasks) if task.name in intact)
         sweep = partial(drop_pieces, self.build)
         return Stage(JOIN, tasks, self._work(join), {"format": FORMAT}, sweep=sweep, skip=skip)

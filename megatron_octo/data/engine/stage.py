@@ -20,6 +20,7 @@ from megatron_octo.progress import Progress
 RECORDS = "records"
 FILES = "files"
 
+_QUIET = 30.0  # seconds of a stage before its progress goes into a log
 Advance = Callable[[float], None]
 _ADVANCE: ContextVar[Advance] = ContextVar("advance", default=lambda amount: None)
 
@@ -158,7 +159,7 @@ class _Bar:
     """Progress of a stage: what tasks report themselves, out of a total that is estimated from the finished ones."""
 
     def __init__(self, stage: Stage, total: float, before: float) -> None:
-        self._progress = Progress(stage.name, total, stage.unit or "tasks", done=before)
+        self._progress = Progress(stage.name, total, stage.unit or "tasks", before, lines=True, quiet=_QUIET)
         self._alone, self._total, self._before = stage.unit is None, total, before
         self._done = self._told = 0.0
 
