@@ -1,15 +1,15 @@
 """Every fault that is injected: what it is, the test that injects it, and the guard without which that test fails.
 
 Groups: A crash during a save, B damaged checkpoint, C resources, D signals and ranks, E numbers, F data determinism,
-I hostile input. `tests/repo/test_fault_catalogue.py` fails where a fault of a group has no test that pytest collects.
-A test id without brackets stands for all its cases.
+H preprocessing, I hostile input. `tests/repo/test_fault_catalogue.py` fails where a fault of a group has no test that
+pytest collects. A test id without brackets stands for all its cases.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 6, "I": 4}
+SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 6, "H": 5, "I": 4}
 
 
 class Fault(NamedTuple):
@@ -21,7 +21,7 @@ class Fault(NamedTuple):
     guard: str
 
 
-COMPLETE = "ABCDEFI"
+COMPLETE = "ABCDEFHI"
 """Groups whose every fault has a row; a letter is added here together with the group's last row."""
 
 _SAVE = "tests/faults/test_checkpoint_faults.py"
@@ -36,6 +36,7 @@ _SIGNAL = f"{_RANKS}::test_a_signal_saves_and_ends_with_its_code_within_the_grac
 _NUMBERS = "tests/faults/test_numbers.py"
 _ORDER = "tests/faults/test_data_determinism.py"
 _RESUMED = f"{_ORDER}::test_a_resume_loses_no_window_and_reads_none_twice"
+_BUILD = "tests/faults/test_data_faults.py"
 _SAFE = "tests/unit/test_safetensors_io.py"
 _POINTER = f"{_SAVE}::test_a_bad_pointer_says_what_exists"
 
@@ -137,6 +138,31 @@ FAULTS = [
         "cached index of another seed",
         f"{_ORDER}::test_a_cached_index_of_another_seed_is_not_used",
         "reader.py build_train_dataset",
+    ),
+    Fault(
+        "H1",
+        "mixed bad lines under skip and strict",
+        f"{_BUILD}::test_mixed_bad_lines_stop_the_build_by_name_or_are_counted",
+        "jsonl.py BadLines.add",
+    ),
+    Fault(
+        "H2",
+        "SIGKILL of a worker",
+        f"{_BUILD}::test_a_killed_worker_ends_the_build_with_one_line_and_nothing_is_published",
+        "executors.py _Worker.listen",
+    ),
+    Fault(
+        "H3",
+        "killed, then resumed",
+        f"{_BUILD}::test_a_build_killed_at_random_and_started_again_gives_the_same_files",
+        "publish.py finish_publishing; stage.py Call.done",
+    ),
+    Fault("H4", "two writers", f"{_BUILD}::test_two_writers_on_one_directory", "build.py only_writer"),
+    Fault(
+        "H5",
+        "input changed between resumes",
+        f"{_BUILD}::test_an_input_changed_between_two_starts_is_seen",
+        "tasks.py Piece.sha256",
     ),
     Fault(
         "I1", "pickles that call something", f"{_HOSTILE}::test_an_object_that_would_run_code_is_refused", "sharded.py"

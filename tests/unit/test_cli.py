@@ -134,6 +134,13 @@ MISTAKES = [
     # data
     (["train", "run.yaml", "data.tokenizer=gone"], 3, ["data.tokenizer = gone", "no such directory"]),
     (["data", "build", "corpus.yaml", "--out", "d"], 3, ["corpora.text: gone.jsonl", CORPUS["hint"]]),
+    (["data", "build", "data.yaml", "--out", "d", "--workers", "0"], 2, ["workers = 0", "1 or more"]),
+    (
+        ["data", "build", "data.yaml", "--out", "d", "--executor", "dask"],
+        2,
+        ["'dask'", "local, ray or slurm"],
+    ),
+    (["data", "work", "data.yaml", "--out", "d", "--stage", "join", "--share", "2"], 2, ["--share 2", "0/8"]),
     (["data", "inspect", "gone"], 3, ["gone.bin", "octo data build"]),
     (["eval", "run", "eval-nothing.yaml"], 3, ["empty.jsonl", "holds no problem"]),
     (["eval", "grade", "cut.jsonl"], 3, ["cut.jsonl line 1", "not JSON"]),
@@ -152,6 +159,7 @@ MISTAKES = [
     (["rl", "train", "rl.yaml"], 5, ["model/certificate.json", "octo convert to-hf"]),
     # places that cannot be written
     (["train", "run.yaml", "out=a-file"], 6, ["a-file", "a directory is needed"]),
+    (["data", "build", "data.yaml", "--out", "a-file"], 6, ["a-file", "a directory is needed"]),
     (["data", "build", "data.yaml", "--out", "a-file/d"], 6, ["a-file", "a directory is needed"]),
     (["campaign", "run", DEMO, "--out", "a-file"], 6, ["a-file", "--out"]),
 ]
