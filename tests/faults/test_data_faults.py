@@ -18,7 +18,7 @@ import yaml
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import parse_config
-from megatron_octo.data.engine import tasks
+from megatron_octo.data.engine import publish, tasks
 from megatron_octo.data.engine.build import build_data, only_writer
 from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.errors import ConfigError, DataError
@@ -187,6 +187,27 @@ def test_a_second_start_repeats_nothing_that_was_finished(tmp_path: Path, noted:
     assert noted == ["one", "two", "three"]
 
 
+def test_publishing_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: list[str]
+) -> None:
+    plain, renamed = publish.place, []
+
+    def die(source: Path, target: Path) -> None:
+        if len(renamed) == 3:
+            raise KeyboardInterrupt
+        renamed.append(target.name)
+        plain(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(publish, "place", die)
+        build_data(_config(tmp_path), tmp_path / "out")
+    assert len(renamed) == 3 and not (tmp_path / "out" / "manifest.json").exists()
+    noted.clear()
+    build_data(_config(tmp_path), tmp_path / "out")
+    assert noted == []
+    verify_data(tmp_path / "out")
+
+
 # -- H4
 
 
@@ -261,6 +282,27 @@ def test_an_input_that_changes_while_the_build_runs_is_refused(
     assert _files(tmp_path / "out") == {}
     assert build_data(config, tmp_path / "out")["sources"]["two"]["documents"] == LINES + 1
     verify_data(tmp_path / "out")
+
+
+def test_what_was_read_of_a_file_that_was_another_for_a_while_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is itself again, to the hash, when the build is started again."""
+    config, changed = _config(tmp_path), tmp_path / "two.jsonl"
+    plain, before = tasks.tokenise, changed.read_text()
+
+    def meddle(build: tasks.Build, piece: tasks.Piece) -> dict[str, Any]:
+        if piece.shard.corpus == "two":
+            changed.write_text(before.replace("some words", "same words"))
+        return plain(build, piece)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="changed while the build read it"):
+        patch.setattr("megatron_octo.data.engine.plan.tokenise", meddle)
+        build_data(config, tmp_path / "out")
+    changed.write_text(before)
+    build_data(config, tmp_path / "out")
+    build_data(config, tmp_path / "fresh")
+    assert _files(tmp_path / "out") == _files(tmp_path / "fresh")
 
 
 # -- C2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_the_other_tasks_do_not_go_on(tmp_path: Path, workers: Workers) -> None:
     began = time.monotonic()
     with pytest.raises(DataError):
         run_stages([_stage(tmp_path, "sleep", "refuse", "square")], tmp_path, workers)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 20 and multiprocessing.active_children() == []
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path, workers: Workers) -> None:

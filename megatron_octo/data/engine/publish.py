@@ -36,15 +36,22 @@ def finish_publishing(out: Path) -> None:
     if names is None:
         return
     for name in names:
-        source, target = work / RESULT / name, out / name
-        if not source.exists():  # it is in its place already
-            continue
-        if target.is_dir():
-            shutil.rmtree(target)
-        try:
-            source.rename(target)
-        except IsADirectoryError:
-            raise EnvironmentProblem(f"{target} is a directory, and a file is needed", fix="move it away") from None
+        if (work / RESULT / name).exists():  # else it is in its place already
+            place(work / RESULT / name, out / name)
     flush_to_disk(out)
     (work / _COMPLETE).unlink()
     shutil.rmtree(work)
+
+
+def place(source: Path, target: Path) -> None:
+    """Put a file or a directory where another version of it may be.
+
+    Raises:
+        EnvironmentProblem: a directory stands where a file belongs.
+    """
+    if source.is_dir() and target.is_dir():
+        shutil.rmtree(target)
+    try:
+        source.rename(target)
+    except IsADirectoryError:
+        raise EnvironmentProblem(f"{target} is a directory, and a file is needed", fix="move it away") from None
