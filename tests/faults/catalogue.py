@@ -154,8 +154,8 @@ FAULTS = [
     Fault(
         "H3",
         "killed, then resumed",
-        f"{_BUILD}::test_a_build_killed_at_random_and_started_again_gives_the_same_files",
-        "publish.py finish_publishing; stage.py Call.done",
+        "tests/repo/test_kill_builds.py::test_a_few_kills_lose_nothing",
+        "publish.py publish: names; stage.py Call.done",
     ),
     Fault("H4", "two writers", f"{_BUILD}::test_two_writers_on_one_directory", "build.py only_writer"),
     Fault(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -124,55 +123,6 @@ def test_a_killed_worker_ends_the_build_with_one_line_and_nothing_is_published(t
 
 
 # -- H3
-
-
-@pytest.mark.timeout(120)
-def test_a_build_killed_at_random_and_started_again_gives_the_same_files(tmp_path: Path) -> None:
-    """At seeded touches of a file, three times each; whatever is in its place is whole."""
-    build_data(_config(tmp_path), tmp_path / "whole")
-    expected, chance = _files(tmp_path / "whole"), random.Random(3)
-    touches = _touches(tmp_path, tmp_path / "counted", None)[1]
-    for number in range(5):
-        out, kills = tmp_path / f"killed-{number}", 0
-        for last in (
-            chance.randint(1, touches),
-            chance.randint(1, touches // 2),
-            chance.randint(1, touches // 3),
-            None,
-        ):
-            ended, _ = _touches(tmp_path, out, last)
-            kills += ended == -signal.SIGKILL
-            assert ended in (0, -signal.SIGKILL)
-            assert "manifest.json" not in _files(out) or _files(out) == expected
-        assert kills and _files(out) == expected and not (out / ".work").exists()
-
-
-def _touches(folder: Path, out: Path, last: int | None) -> tuple[int, int]:
-    """Build in a forked process that dies at its `last` touch of a file; its exit code and how many there were."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            count = 0
-
-            def touch(event: str, arguments: tuple[Any, ...]) -> None:
-                nonlocal count
-                if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(out) in str(arguments[0]):
-                    count += 1
-                    if count == last:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(touch)
-            build_data(_config(folder), out)
-            os.write(writing, str(count).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    os.close(writing)
-    with os.fdopen(reading) as file:
-        return os.waitstatus_to_exitcode(status), int(file.read() or 0)
 
 
 @pytest.mark.timeout(60)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -235,69 +232,6 @@ def test_configuration_survives_its_file(built: Path, tmp_path: Path) -> None:
     config = _config(built, corpora={"real": {"path": "${OCTO_DATA:-data}/x", "tokens": "5K"}})
     dump_config(config, tmp_path / "data.yaml")
     assert load_config(DataBuildConfig, tmp_path / "data.yaml") == config
-
-
-KILLS = """
-import os, signal, sys
-from pathlib import Path
-from megatron_octo.config.data import DataBuildConfig
-from megatron_octo.config.load import load_config
-from megatron_octo.data.engine import build
-from megatron_octo.data.index.encode import load_encoder
-import megatron_octo.data.index.train_tokenizer, transformers
-from megatron_octo.data.index.writer import IndexedWriter
-
-config, root = load_config(DataBuildConfig, Path(sys.argv[1])), Path(sys.argv[2])
-calls = 0
-
-def dying(function, after):
-    def call(*arguments, **named):
-        global calls
-        calls += 1
-        if calls == at and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*arguments, **named)
-        if calls == at and after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-
-def build_and_die(out, after):
-    for name in ("replace", "rename"):
-        setattr(Path, name, dying(getattr(Path, name), after))
-    IndexedWriter.write = dying(IndexedWriter.write, after) if at % 3 == 0 else IndexedWriter.write
-    build.build_data(config, out)
-
-killed = 0
-for at in map(int, sys.argv[3:]):
-    out = root / str(at)
-    child = os.fork()
-    if child == 0:
-        build_and_die(out, after=at % 2 == 0)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    build.build_data(config, out)
-print(killed)
-"""
-
-
-@pytest.mark.timeout(120)
-def test_killed_anywhere_and_started_again_gives_the_same_files(tmp_path: Path) -> None:
-    """SIGKILL before or after each rename, or between documents; then the same command again."""
-    config = _config(tmp_path, world={"tokens": {"web": 600, "short_cot": 400}})
-    dump_config(config, tmp_path / "data.yaml")
-    arguments = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path / "data.yaml"), str(tmp_path / "out")]
-    points = [*range(1, 17), 30, 60]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    (tmp_path / "out").mkdir()
-    done = subprocess.run([*arguments, *map(str, points)], env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= len(points) - 2
-    build_data(config, tmp_path / "whole")
-    expected = _files(tmp_path / "whole")
-    for number in points:
-        assert _files(tmp_path / "out" / str(number)) == expected, number
 
 
 @pytest.mark.slow

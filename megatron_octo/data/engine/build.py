@@ -18,7 +18,7 @@ from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
 from megatron_octo.data.engine.plan import JOIN, TOKENIZER, Plan
 from megatron_octo.data.engine.publish import MANIFEST, RESULT, WORK, finish_publishing, publish
-from megatron_octo.data.engine.stage import Executor, run_stages
+from megatron_octo.data.engine.stage import FILES, Executor, run_stages
 from megatron_octo.data.sources import Problem, build_world, problems, without_heldout
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.files import hash_file, hold, read_json, write_json, write_text
@@ -68,7 +68,7 @@ def build_data(
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
         manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets)
-        publish(out, manifest)
+        publish(out, manifest, ["tokenizer", "problems", *_files(facts[JOIN])])
     return manifest
 
 
@@ -122,6 +122,11 @@ def _hash_inputs(plan: Plan, team: Executor) -> dict[str, str]:
     stage = plan.inputs()
     facts = run_stages([stage], plan.build.work, team)[stage.name]
     return {file.path: found["sha256"] for file, found in zip(stage.tasks, facts, strict=True)}
+
+
+def _files(joined: list[dict[str, Any]]) -> list[str]:
+    """Names of the files that joining left in the result."""
+    return [Path(name).name for found in joined for name in found.get(FILES, {})]
 
 
 def _is_whole(out: Path) -> bool:

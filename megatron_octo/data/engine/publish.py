@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ MANIFEST = "manifest.json"
 _COMPLETE = "complete.json"
 
 
-def publish(out: Path, manifest: dict[str, Any]) -> None:
+def publish(out: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
     """Declare the result complete and give everything in it its place; the manifest comes last.
 
     Args:
         out: data directory; the result lies in its `.work/result`.
         manifest: what the result is.
+        names: files and directories of the result. What else lies there a killed process left.
     """
     work = out / WORK
     write_json(work / RESULT / MANIFEST, manifest)
-    names = sorted(path.name for path in (work / RESULT).iterdir() if path.name != MANIFEST)
     write_json(work / _COMPLETE, [*names, MANIFEST])
     finish_publishing(out)
 
