@@ -54,7 +54,7 @@ class Encoder(ABC):
     ) -> None:
         self.path, self.vocabulary, self.rows = path, entries, rows
         self.begin, self.end = begin, end
-        self.dtype = token_dtype(max(entries, rows))
+        self.dtype = token_dtype(entries, rows)
         """Type of a stored token."""
         self._begin, self._end = (self._stored([] if mark is None else [mark]) for mark in (begin, end))
         self._control = np.array(sorted(control.values()), np.int64)

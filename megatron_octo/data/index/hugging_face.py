@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.data.index.encode import Encoder, settings_of
+from megatron_octo.data.index.pairs import token_dtype
+from megatron_octo.data.index.words import WordEncoder
 from megatron_octo.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ class HuggingFaceEncoder(Encoder):
         begin = self._mark(directory, "bos_token", None) if index.bos == "before_document" else None
         end = self._mark(directory, "eos_token", index.eos_token) if index.eos == "after_document" else None
         control = self._special_tokens() if index.special_tokens == "text" else {}
-        super().__init__(path, len(ids), max(ids.values()) + 1, control, begin, end)
+        entries, rows = len(ids), max(ids.values()) + 1
+        self._words = WordEncoder.of(
+            self._tokenizer, self._form, token_dtype(entries, rows), index.special_tokens == "text"
+        )
+        super().__init__(path, entries, rows, control, begin, end)
 
     def decode(self, tokens: list[int]) -> str:
         """See `Encoder.decode`."""
@@ -49,8 +53,10 @@ class HuggingFaceEncoder(Encoder):
         return self._tokenizer.encode("", add_special_tokens=True).tokens
 
     def _texts(self, texts: list[str]) -> list[bytes]:
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype).tobytes() for encoding in found]
+        return [self._stored(encoding.ids) for encoding in found]
 
     def _special_tokens(self) -> dict[str, int]:
         """Marks by their text; the unknown token is none of them, for unknown text does become it."""

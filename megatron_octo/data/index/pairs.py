@@ -69,9 +69,15 @@ def idx_path(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-def token_dtype(entries: int) -> np.dtype[Any]:
-    """Type of a stored token for a tokenizer of so many entries: uint16 below 65,500, else int32, as in Megatron-LM."""
-    return np.dtype(np.uint16 if entries < _SMALL_VOCABULARY else np.int32)
+def token_dtype(entries: int, rows: int | None = None) -> np.dtype[Any]:
+    """Type of a stored token.
+
+    Args:
+        entries: of the tokenizer: uint16 below 65,500, else int32, as in Megatron-LM.
+        rows: largest token id plus 1; where ids have gaps the type is wide enough for them.
+    """
+    small = entries < _SMALL_VOCABULARY and (rows or 0) <= 1 << 16
+    return np.dtype(np.uint16 if small else np.int32)
 
 
 def stretches(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -30,7 +30,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: Path, entries: int, rows: int | None = None, shared: bool = False) -> None:
-        self.prefix, self.dtype = prefix, token_dtype(max(entries, rows or 0))
+        self.prefix, self.dtype = prefix, token_dtype(entries, rows)
         self.tokens = 0
         self.counts = np.zeros(rows or entries, np.int64)
         """How often each token was written, int64 [rows]."""
