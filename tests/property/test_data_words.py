@@ -15,7 +15,7 @@ from megatron_octo.data.index import words
 from megatron_octo.data.index.words import WordEncoder, letters_of_bytes
 
 TEXTS = [
-    "We'll see: don't say it's 12345 (or 67.89)!\n\nThen x² + y² ≤ ½, naïve café — “quotes”…  \t tabs\r\nΑλφα βήτα 数学",
+    "We'll see: don't say it's 12345 (or 67.89)!\n\nThen x² + y² ≤ ½, naïve café — “quotes”…  \t tab\r\nΑλφα βήτα 数学",
     "function f(x) {\n    return x ** 2;\n}\n\n\n  THEY'RE I'M 's 'S 'll'LL \u017f's",
 ]
 SPECIAL = ["<|end_of_text|>", "<|begin_of_text|>"]
