@@ -106,8 +106,10 @@ class Encoder(ABC):
         """Some tokenizers cannot keep a mark as text; that is told before the first document."""
         if not control:
             return
+        is_control = np.zeros(self.rows, bool)
+        is_control[self._control] = True
         for mark, tokens in zip(control, self._texts(list(control)), strict=True):
-            if np.isin(np.frombuffer(tokens, self.dtype), self._control).any():
+            if is_control[np.frombuffer(tokens, self.dtype)].any():
                 raise DataError(
                     f"{self.path}: '{mark}' written in a text becomes a control token",
                     "index.special_tokens = text says that it stays text, which this tokenizer cannot do",
