@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from megatron_octo import __version__
-from megatron_octo.cli import branch, convert, train
+from megatron_octo.cli import branch, convert, data, train
 from megatron_octo.cli.shared import AsJson, Overrides, print_facts, print_json
 from megatron_octo.errors import OctoError, machine_problem
 from megatron_octo.runtime.stop import EXIT_CODES
@@ -21,13 +21,12 @@ app = typer.Typer(
     help="OctoThinker on Megatron-Core: mid-training, branches, conversion, PPO, evaluation.",
 )  # fmt: skip
 _groups = {
-    "data": "Corpora to indexed datasets.",
     "rl": "The OpenRLHF stage.",
     "eval": "Problems, answers, scores.",
     "campaign": "The whole tree of stages.",
 }
 _apps = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _groups.items()}
-_apps |= {"convert": convert.app, "branch": branch.app}
+_apps |= {"data": data.app, "convert": convert.app, "branch": branch.app}
 for _name, _app in _apps.items():
     app.add_typer(_app, name=_name)
 app.command("train", epilog=EXIT_CODES.replace("\n", "\n\n"))(train.train)
@@ -95,75 +94,6 @@ def campaign_report(directory: Path, as_json: AsJson = False) -> None:
 
     facts = write_report(directory)
     print_json(facts) if as_json else typer.echo(str(directory / "report" / "index.html"))
-
-
-@_apps["data"].command("build")
-def data_build(
-    file: Path,
-    out: Annotated[Path, typer.Option(help="directory to write")],
-    workers: Annotated[int | None, typer.Option(help="shards at the same time, each on one core")] = None,
-    executor: Annotated[str, typer.Option(help="local, ray (RAY_ADDRESS, or one of this machine) or slurm")] = "local",
-) -> None:
-    """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
-
-    Killed at any moment, it goes on when given again; the result does not depend on workers and executor.
-
-    Example: octo data build mix.yaml --out data --workers 8
-    """
-    from megatron_octo.config.data import DataBuildConfig
-    from megatron_octo.config.load import load_config
-
-    config = load_config(DataBuildConfig, file)
-    if executor == "slurm":
-        from megatron_octo.data.engine.jobs import render_build
-
-        script, said = render_build(config, file, out, workers)
-        typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
-        return
-    from megatron_octo.data.engine.build import build_data
-
-    build_data(config, out, workers, executor)
-
-
-@_apps["data"].command("work", hidden=True)
-def data_work(
-    file: Path,
-    out: Annotated[Path, typer.Option(help="data directory")],
-    stage: Annotated[str, typer.Option(help="name of the stage")],
-    share: Annotated[str, typer.Option(help="I/N: the tasks with number I modulo N")],
-) -> None:
-    """Do a share of one stage of a build: what a job of `octo data build --executor slurm` runs.
-
-    Example: octo data work mix.yaml --out data --stage tokenise --share 3/100
-    """
-    from megatron_octo.config.data import DataBuildConfig
-    from megatron_octo.config.load import load_config
-    from megatron_octo.data.engine.jobs import work_on_share
-
-    work_on_share(load_config(DataBuildConfig, file), out, stage, share)
-
-
-@_apps["data"].command("inspect")
-def data_inspect(prefix: Path, as_json: AsJson = False) -> None:
-    """Check an indexed dataset and show what it holds.
-
-    Example: octo data inspect data/web
-    """
-    from megatron_octo.data.index.inspect import inspect
-
-    print_facts(inspect(prefix), as_json)
-
-
-@_apps["data"].command("verify")
-def data_verify(directory: Path) -> None:
-    """Check every file of a data directory against its manifest.
-
-    Example: octo data verify data
-    """
-    from megatron_octo.data.engine.manifest import verify_data
-
-    verify_data(directory)
-    typer.echo(f"{directory}: every file is as its manifest says")
 
 
 @_apps["rl"].command("train")

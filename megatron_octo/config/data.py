@@ -25,15 +25,12 @@ def variables_of(text: str) -> list[str]:
     return [match[1] for match in _VARIABLE.finditer(text)]
 
 
-def expand_path(text: str, field: str) -> Path:
-    """Put environment variables into a path: `${NAME}`, or `${NAME:-default}` where it may be unset or empty.
+def expand(text: str, field: str) -> str:
+    """Put environment variables into a path or URL: `${NAME}`, or `${NAME:-default}` where it may be unset or empty.
 
     Args:
-        text: the path as written in a configuration file; relative ones start from the working directory.
+        text: as written in a configuration file.
         field: where it is written, for the message.
-
-    Returns:
-        The path.
 
     Raises:
         ConfigError: a variable without default is not set.
@@ -49,7 +46,12 @@ def expand_path(text: str, field: str) -> Path:
             )
         return found
 
-    return Path(_VARIABLE.sub(value, text)).expanduser()
+    return _VARIABLE.sub(value, text)
+
+
+def expand_path(text: str, field: str) -> Path:
+    """The same for a path of this machine; relative ones start from the working directory."""
+    return Path(expand(text, field)).expanduser()
 
 
 class TrainTokenizer(Strict):
@@ -90,17 +92,20 @@ class InputFile(Strict):
     answer_field: str = "answer"
 
 
-class Corpus(InputFile):
-    """One file of real documents, a JSON object a line."""
+class Corpus(Strict):
+    """Real documents: which corpus they are of, and the files that hold it."""
 
-    kind: Literal["jsonl"] = "jsonl"
-    text: Literal["text", "qa", "gsm8k"] = Field(
-        default="text",
-        description="how a record becomes a document: its text as is, question and answer, or GSM8K's pair",
+    adapter: str = Field(default="text", description="what its records are: a name that `octo data corpora` lists")
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file, folder, glob or URL of jsonl(.gz, .zst) or parquet; may hold ${NAME} and ${NAME:-default}; "
+        "by default the place where the corpus is published, which needs the network",
     )
-    text_field: str = "text"
+    fields: dict[str, str] = Field(default={}, description="names in these files, by the adapter's names")
     tokens: Literal["all"] | Tokens = "all"
-    order: Literal["as_is", "shuffled"] = Field(default="as_is", description="shuffled holds the corpus in memory")
+    hint: str = Field(default="", description="what to download and from where, shown when the files are missing")
+    split: Literal["train", "test"] = Field(default="train", description="which side of its benchmark the files are")
 
     @model_validator(mode="after")
     def _not_a_test_split(self) -> Corpus:
@@ -157,9 +162,9 @@ class DataBuildConfig(Strict):
         return [*self.world.tokens, *self.corpora]
 
     @property
-    def input_files(self) -> dict[str, InputFile]:
-        """Every file the build reads, by the field that names it."""
-        files: dict[str, InputFile] = {f"corpora.{name}": corpus for name, corpus in self.corpora.items()}
+    def problem_files(self) -> dict[str, InputFile]:
+        """Every file of problems, by the field that names it."""
+        files: dict[str, InputFile] = {}
         for split in ("train", "heldout"):
             problems: ProblemSet | None = getattr(self.problems, split)
             if problems and problems.file:

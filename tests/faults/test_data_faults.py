@@ -101,8 +101,9 @@ def test_mixed_bad_lines_stop_the_build_by_name_or_are_counted(tmp_path: Path) -
         build_data(_config(tmp_path), tmp_path / "strict")
     assert _files(tmp_path / "strict") == {}
     facts = build_data(_config(tmp_path, on_bad_line="skip"), tmp_path / "skip")["sources"]["one"]
-    assert (facts["documents"], facts["bad_lines"]) == (LINES, len(bad))
-    assert [line.split(":")[0] for line in facts["first_bad_lines"]] == [f"line {3 * n + 3}" for n in range(len(bad))]
+    accounts = facts["accounts"]
+    assert (accounts["documents"], sum(accounts["skipped"].values())) == (LINES, len(bad))
+    assert [line.split(":")[1] for line in accounts["first"]] == [f"{3 * number + 3}" for number in range(len(bad))]
 
 
 # -- H2

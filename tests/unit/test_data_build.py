@@ -34,7 +34,7 @@ def _config(tmp_path: Path, **changes: object) -> DataBuildConfig:
         "seed": 5,
         "tokenizer": {"train": {"vocabulary_size": 320, "documents": 50}},
         "world": {"tokens": BUDGETS},
-        "corpora": {"real": {"path": str(corpus), "text": "gsm8k"}},
+        "corpora": {"real": {"path": str(corpus), "adapter": "gsm8k"}},
         "problems": {"train": {"count": 20}, "heldout": {"count": 30}},
     }
     return parse_config(DataBuildConfig, {**values, **changes}, "test")
@@ -115,14 +115,16 @@ def test_bytes_are_those_of_megatrons_tool(built: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from megatron_octo.data.sources import texts
+    from megatron_octo.data.corpora.read import ShardReader
+    from megatron_octo.data.corpora.shard import list_shards
 
     megatron, tokenizer = import_indexed_dataset(), AutoTokenizer.from_pretrained(built / "data" / "tokenizer")
     builder = megatron.IndexedDatasetBuilder(
         str(tmp_path / "real.bin"), dtype=megatron.DType.optimal_dtype(len(tokenizer))
     )
-    for text in texts(_config(built), "real", frozenset()).documents:
-        tokens = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    (shard,) = list_shards(_config(built), "real")
+    for document in ShardReader(_config(built), shard):
+        tokens = [*tokenizer(document.text)["input_ids"], tokenizer.eos_token_id]
         builder.add_document(torch.tensor(tokens), [len(tokens)])
     builder.finalize(str(tmp_path / "real.idx"))
     for suffix in ("bin", "idx"):
@@ -187,9 +189,9 @@ def test_bad_line_ends_the_build_without_output(tmp_path: Path) -> None:
     assert not (tmp_path / "data" / "manifest.json").exists()
     assert not list((tmp_path / "data").glob("real.*"))
     skipping = _config(tmp_path, on_bad_line="skip")  # another setting, so another directory
-    facts = build_data(skipping, tmp_path / "skipped")["sources"]["real"]
-    assert facts["bad_lines"] == 1 and facts["documents"] == 60
-    assert facts["first_bad_lines"] == ["line 61: not UTF-8 at byte 15 of the line"]
+    facts = build_data(skipping, tmp_path / "skipped")["sources"]["real"]["accounts"]
+    assert facts["documents"] == 60 and facts["skipped"] == {"not UTF-8": 1}
+    assert facts["first"] == ["real.jsonl:61: not UTF-8 at byte 15 of the line"]
 
 
 def test_mended_input_of_an_unfinished_build_is_taken(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_mended_input_of_an_unfinished_build_is_taken(tmp_path: Path) -> None:
 
 def test_corpus_shorter_than_its_budget_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    corpus = {"path": str(tmp_path / "real.jsonl"), "text": "gsm8k", "tokens": "1M"}
+    corpus = {"path": str(tmp_path / "real.jsonl"), "adapter": "gsm8k", "tokens": "1M"}
     with pytest.raises(DataError, match=r"corpora.real.tokens = 1000000, but its files have only \d+"):
         build_data(_config(tmp_path, corpora={"real": corpus}), tmp_path / "data")
     (tmp_path / "real.jsonl").write_text("")

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo.config.data import Corpus, DataBuildConfig, InputFile, expand_path
+from megatron_octo.config.data import DataBuildConfig, InputFile, expand_path
 from megatron_octo.config.load import parse_config
-from megatron_octo.data.jsonl import BadLines, input_path, records
-from megatron_octo.data.render import BadRecord, document, gold_number, same_question
-from megatron_octo.data.sources import problems, texts
+from megatron_octo.data.corpora.files import input_path
+from megatron_octo.data.corpora.lines import numbered_lines
+from megatron_octo.data.corpora.problems import problems
+from megatron_octo.data.corpora.read import ShardReader
+from megatron_octo.data.corpora.render import BadRecord, gold_number, gsm8k
+from megatron_octo.data.corpora.shard import list_shards
 from megatron_octo.errors import ConfigError, DataError
 
 GSM8K = [
@@ -59,15 +62,24 @@ def _config(**values: object) -> DataBuildConfig:
     return parse_config(DataBuildConfig, {"tokenizer": {"train": {"vocabulary_size": 300}}, **values}, "test")
 
 
+def _reader(path: Path, on_bad_line: str = "strict", **values: object) -> ShardReader:
+    """A reader of a corpus of one file."""
+    config = _config(corpora={"c": {"path": str(path), **values}}, on_bad_line=on_bad_line)
+    (shard,) = list_shards(config, "c")
+    return ShardReader(config, shard)
+
+
 @pytest.mark.parametrize(("record", "expected"), GSM8K)
 def test_gsm8k_rendering(record: dict, expected: str) -> None:
-    assert document(record, Corpus(path="x", text="gsm8k")) == expected
+    assert gsm8k(**record) == expected
 
 
-def test_other_templates() -> None:
-    assert document({"body": " as it is\n"}, Corpus(path="x", text_field="body")) == " as it is\n"
-    pair = Corpus(path="x", text="qa", question_field="q", answer_field="a")
-    assert document({"q": "1+1?", "a": "2 "}, pair) == "Question: 1+1?\nAnswer: 2"
+def test_fields_are_named_in_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"body": " as it is\\n", "q": "1+1?", "a": "2 "}\n')
+    assert [document.text for document in _reader(path, fields={"text": "body"})] == [" as it is\n"]
+    pairs = _reader(path, adapter="qa", fields={"question": "q", "answer": "a"})
+    assert [document.text for document in pairs] == ["Question: 1+1?\nAnswer: 2"]
 
 
 @pytest.mark.parametrize(
@@ -86,16 +98,15 @@ def test_no_gold_number(answer: str) -> None:
 
 def test_gsm8k_without_gold_line_is_refused() -> None:
     with pytest.raises(BadRecord, match="#### number"):
-        document({"question": "q", "answer": "it is 18"}, Corpus(path="x", text="gsm8k"))
+        gsm8k("q", "it is 18")
 
 
 @pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:24].decode("latin-1"))
 def test_strict_names_file_and_line(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\r\n' + line + b'\n{"text": "last"}\n')
-    found = texts(_config(corpora={"c": {"path": str(path)}}), "c", frozenset())
     with pytest.raises(DataError) as caught:
-        list(found.documents)
+        list(_reader(path))
     assert f"{path}, line 2: " in str(caught.value)
     assert BROKEN[line] in str(caught.value)
     assert "on_bad_line: skip" in caught.value.fix
@@ -104,20 +115,23 @@ def test_strict_names_file_and_line(tmp_path: Path, line: bytes) -> None:
 def test_skip_counts_and_names_lines(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"\n".join([b'{"text": "good"}', *BROKEN, b'{"text": "last"}']))
-    found = texts(_config(corpora={"c": {"path": str(path)}}, on_bad_line="skip"), "c", frozenset())
-    assert list(found.documents) == ["good", "last"]
-    assert found.bad is not None and found.bad.count == len(BROKEN)
-    assert found.bad.first[0].startswith("line 2: not JSON")
+    reader = _reader(path, "skip")
+    assert [(document.text, document.id) for document in reader] == [
+        ("good", "c/bad.jsonl:1"),
+        ("last", f"c/bad.jsonl:{len(BROKEN) + 2}"),
+    ]
+    assert sum(reader.accounts.skipped.values()) == len(BROKEN) == reader.accounts.read - 2
+    assert reader.accounts.first[0].startswith("bad.jsonl:2: not JSON")
 
 
 def test_gzip_and_gzip_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl.gz"
     whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(2000)))
     path.write_bytes(whole)
-    assert sum(1 for _ in records(path, BadLines(path))) == 2000
+    assert sum(1 for _ in numbered_lines(str(path))) == 2000
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="cannot be read to its end"):
-        list(records(path, BadLines(path, skip=True)))
+    with pytest.raises(DataError, match="cannot be read beyond line"):
+        list(_reader(path, "skip"))
 
 
 def test_missing_file_says_what_to_get_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,32 +209,26 @@ def test_equal_ids_are_refused(tmp_path: Path) -> None:
 def test_heldout_question_is_left_out_of_a_corpus(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"question": "What is  2+2 ?", "answer": "4"}\n{"question": "What is 2+3?", "answer": "5"}\n')
-    config = _config(corpora={"c": {"path": str(path), "text": "qa"}})
-    found = texts(config, "c", frozenset([same_question("what IS 2+2?")]))
-    assert [text.splitlines()[0] for text in found.documents] == ["Question: What is 2+3?"]
-    assert found.heldout == 1
-
-
-def test_shuffled_order_is_a_seeded_permutation(tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(100)))
-    corpus = {"path": str(path), "order": "shuffled"}
-    orders = [list(texts(_config(corpora={"c": corpus}, seed=s), "c", frozenset()).documents) for s in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0], key=int) == [str(number) for number in range(100)]
+    (tmp_path / "held.jsonl").write_text('{"question": "what IS 2+2?", "answer": "4"}\n')
+    held = {"file": {"path": str(tmp_path / "held.jsonl"), "split": "test"}}
+    config = _config(corpora={"c": {"path": str(path), "adapter": "qa"}}, problems={"heldout": held})
+    reader = ShardReader(config, *list_shards(config, "c"))
+    assert [document.text.splitlines()[0] for document in reader] == ["Question: What is 2+3?"]
+    assert reader.accounts.removed == {"heldout": 1} and reader.accounts.read == 2
 
 
 def test_real_gsm8k() -> None:
     folder = os.environ.get("OCTO_DATA")
     if not folder:
         pytest.skip("OCTO_DATA is not set: real GSM8K was NOT tested (folder with corpora/gsm8k_train and eval/gsm8k)")
-    train = {"path": "${OCTO_DATA}/corpora/gsm8k_train/train.jsonl", "text": "gsm8k"}
+    train = {"path": "${OCTO_DATA}/corpora/gsm8k_train/train.jsonl", "adapter": "gsm8k"}
     test = {"path": "${OCTO_DATA}/eval/gsm8k/test.jsonl", "split": "test"}
     config = _config(
         corpora={"gsm8k": train}, problems={"heldout": {"file": test}, "train": {"file": {"path": train["path"]}}}
     )
-    documents = list(texts(config, "gsm8k", frozenset()).documents)
-    assert len(documents) == 7473
+    reader = ShardReader(config, *list_shards(config, "gsm8k"))
+    documents = [document.text for document in reader]
+    assert len(documents) == reader.accounts.read == 7473
     assert not [text for text in documents if "<<" in text or "####" in text or not text.endswith("}")]
     assert len(problems(config, "heldout")) == 1319
     assert len(problems(config, "train")) == 7473

@@ -14,12 +14,12 @@ from typing import IO, Any
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import differences
+from megatron_octo.data.corpora.problems import Problem, build_world, problems, without_heldout
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
 from megatron_octo.data.engine.plan import JOIN, TOKENIZER, Plan
 from megatron_octo.data.engine.publish import MANIFEST, RESULT, WORK, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
-from megatron_octo.data.sources import Problem, build_world, problems, without_heldout
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.files import hash_file, hold, read_json, write_json, write_text
 

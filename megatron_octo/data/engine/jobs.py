@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.data.corpora.problems import build_world
 from megatron_octo.data.engine.build import claim, only_writer
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
 from megatron_octo.data.engine.on_slurm import render
 from megatron_octo.data.engine.plan import Plan
 from megatron_octo.data.engine.publish import WORK
 from megatron_octo.data.engine.stage import Stage, calls_of, run_calls
-from megatron_octo.data.sources import build_world
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 
 _OCTO = [sys.executable, "-m", "megatron_octo.cli", "data"]

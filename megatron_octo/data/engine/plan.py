@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.data.corpora.files import input_path
+from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
-from megatron_octo.data.engine.shards import Shard, list_shards
 from megatron_octo.data.engine.stage import Stage, calls_of
 from megatron_octo.data.engine.tasks import TOKENISE, Build, Corpus, Piece, drop_pieces, join, make_tokenizer, tokenise
 from megatron_octo.data.index.encode import load_encoder
-from megatron_octo.data.jsonl import input_path
 from megatron_octo.files import hash_json
 
 FORMAT = 2
@@ -42,13 +42,12 @@ class Plan:
         """Every input file as it is now, by the field that names it and by its name there."""
         config = self.build.config
         found = {
-            f"corpora.{name}": {Path(shard.path).name: look_at(shard.path) for shard in self.shards[name]}
+            f"corpora.{name}": {shard.name: look_at(shard.path) for shard in self.shards[name]}
             for name in config.corpora
         }
-        for where, file in config.input_files.items():
-            if where not in found:
-                path = input_path(file, where)
-                found[where] = {path.name: look_at(str(path))}
+        for where, file in config.problem_files.items():
+            path = input_path(file, where)
+            found[where] = {path.name: look_at(str(path))}
         if config.tokenizer.path is not None:
             directory = expand_path(config.tokenizer.path, "tokenizer.path")
             load_encoder(directory, config.index)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datatrove.data import Document
-
 from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.data.corpora.read import Accounts, ShardReader
+from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
-from megatron_octo.data.engine.shards import Shard
 from megatron_octo.data.engine.stage import FILES, RECORDS
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import pair_files
 from megatron_octo.data.index.tokenise import write_piece
-from megatron_octo.data.sources import heldout_questions, problems, texts
 from megatron_octo.files import hash_directory, read_json
 
 TOKENISE = "tokenise"
@@ -127,11 +125,11 @@ def _train_tokenizer(config: DataBuildConfig, corpora: list[str], out: Path) -> 
 
     train = config.tokenizer.train
     assert train is not None
-    heldout = heldout_questions(problems(config, "heldout"))
 
     def beginnings() -> Iterator[str]:
         for name in corpora:
-            yield from islice(texts(config, name, heldout).documents, train.documents)
+            documents = chain.from_iterable(ShardReader(config, shard) for shard in list_shards(config, name))
+            yield from (document.text for document in islice(documents, train.documents))
 
     train_tokenizer(beginnings(), train.vocabulary_size, out)
 
@@ -143,16 +141,13 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
         return {"needed": False}
     config, shard = build.config, piece.shard
     prefix = _piece_prefix(build, shard.corpus, shard.number)
-    found = texts(config, shard.corpus, heldout_questions(problems(config, "heldout")))
-    name = f"{shard.corpus}/{Path(shard.path).name}" if shard.path else shard.corpus
-    documents = (Document(text, f"{name}:{number}") for number, text in enumerate(found.documents, start=1))
-    skipped: dict[str, int] = {}
-    facts = write_piece(documents, prefix, load_encoder(build.result / "tokenizer", config.index), skipped, budget)
+    reader, skipped = ShardReader(config, shard), {}
+    facts = write_piece(reader, prefix, load_encoder(build.result / "tokenizer", config.index), skipped, budget)
     if piece.file is not None:
         refuse_change(piece.file)
-    if found.bad is not None:
-        facts |= {"bad_lines": found.bad.count, "first_bad_lines": found.bad.first, "heldout_left_out": found.heldout}
-    return {**facts, "skipped": skipped, FILES: _sizes(build, pair_files(prefix))}
+    for reason, count in skipped.items():
+        reader.accounts.skip(reason, count)
+    return {**facts, "accounts": reader.accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
 
 
 def _piece_prefix(build: Build, corpus: str, number: int) -> Path:
@@ -186,8 +181,8 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
         build.config.budgets[corpus.name],
         [found["blake3"] for _, found in needed],
     )
-    told = {name: found for name, found in facts[0].items() if name not in (FILES, "blake3")}
-    return {**told, **joined, FILES: _sizes(build, pair_files(prefix))}
+    accounts = sum((Accounts(**found["accounts"]) for _, found in needed), Accounts())
+    return {**joined, "accounts": accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
 
 
 def drop_pieces(build: Build, corpus: Corpus) -> None:

@@ -1,35 +1,18 @@
-"""The texts and problems a data build is made of, wherever they come from."""
+"""The problems of a data build, from files or from the world, and which questions no training text may ask."""
 
 from __future__ import annotations
 
 import difflib
 import random
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
+from typing import Any
 
-from megatron_octo.config.data import Corpus, DataBuildConfig, InputFile, ProblemSet
-from megatron_octo.data import render
-from megatron_octo.data.jsonl import BadLines, input_path, records
-from megatron_octo.data.render import BadRecord, same_question
+from megatron_octo.config.data import DataBuildConfig, InputFile, ProblemSet
+from megatron_octo.data.corpora.files import input_path
+from megatron_octo.data.corpora.lines import numbered_lines, parse_line, text_of
+from megatron_octo.data.corpora.render import BadRecord, gold_number, same_question
 from megatron_octo.data.world import World, WorldConfig
 from megatron_octo.errors import ConfigError, DataError
-
-
-@dataclass
-class Texts:
-    """Documents of one source, and what was left out while they were read.
-
-    Args:
-        documents: the texts, without end marks.
-        bad: broken lines; None for generated text.
-        heldout: records left out because they ask a held-out question.
-    """
-
-    documents: Iterator[str] = field(default_factory=lambda: iter(()))
-    bad: BadLines | None = None
-    heldout: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,52 +37,6 @@ def build_world(config: DataBuildConfig) -> World:
             fix = f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}"
             raise ConfigError(f"world.settings: unknown key '{name}'", fix=fix)
     return World(WorldConfig(**config.world.settings), config.seed)
-
-
-def texts(config: DataBuildConfig, name: str, heldout: frozenset[str]) -> Texts:
-    """Open one source.
-
-    Args:
-        config: the build.
-        name: of the source.
-        heldout: held-out questions in the form of `render.same_question`; records that ask one are left out.
-
-    Returns:
-        Its documents: endless for the world, every usable record for a corpus.
-
-    Raises:
-        DataError: a missing file, or on reading a broken line under the strict rule.
-    """
-    if name in config.world.tokens:
-        return Texts(build_world(config).documents(name, sys.maxsize))
-    corpus = config.corpora[name]
-    path = input_path(corpus, f"corpora.{name}")
-    found = Texts(bad=BadLines(path, config.on_bad_line == "skip"))
-    found.documents = _rendered(corpus, path, found, heldout)
-    if corpus.order == "shuffled":
-        found.documents = _shuffled(found.documents, f"{config.seed}/order/{name}")
-    return found
-
-
-def _rendered(corpus: Corpus, path: Path, found: Texts, heldout: frozenset[str]) -> Iterator[str]:
-    assert found.bad is not None
-    for line, record in records(path, found.bad):
-        try:
-            text = render.document(record, corpus)
-            asked = corpus.text != "text" and same_question(record[corpus.question_field]) in heldout
-        except BadRecord as problem:
-            found.bad.add(line, str(problem))
-            continue
-        if asked:
-            found.heldout += 1
-        else:
-            yield text
-
-
-def _shuffled(documents: Iterator[str], seed: str) -> Iterator[str]:
-    held = list(documents)
-    random.Random(seed).shuffle(held)
-    return iter(held)
 
 
 def problems(config: DataBuildConfig, split: str) -> list[Problem]:
@@ -128,21 +65,25 @@ def problems(config: DataBuildConfig, split: str) -> list[Problem]:
 
 
 def _read_problems(file: InputFile, where: str, skip: bool) -> list[Problem]:
-    path = input_path(file, where)
-    bad, found = BadLines(path, skip), {}
-    for line, record in records(path, bad):
+    path, found = input_path(file, where), {}
+    for line, raw in numbered_lines(str(path)):
         try:
-            question = render.field(record, file.question_field).strip()
-            answer = render.gold_number(render.field(record, file.answer_field))
-        except BadRecord as problem:
-            bad.add(line, str(problem))
+            record = parse_line(raw)
+            problem = _problem(record, file, f"{path.parent.name}-{line}")
+            if problem.id in found:
+                raise BadRecord(f"id {problem.id!r} was there before")
+        except BadRecord as wrong:
+            if not skip:
+                rule = "every line must be a problem with question and answer"
+                raise DataError(f"{path}, line {line}: {wrong}", rule, "mend it, or set on_bad_line: skip") from None
             continue
-        name = str(record.get("id", f"{path.parent.name}-{line}"))
-        if name in found:
-            bad.add(line, f"id {name!r} was there before")
-            continue
-        found[name] = Problem(name, question, answer)
+        found[problem.id] = problem
     return list(found.values())
+
+
+def _problem(record: dict[str, Any], file: InputFile, name: str) -> Problem:
+    question, answer = text_of(record, file.question_field).strip(), text_of(record, file.answer_field)
+    return Problem(str(record.get("id", name)), question, gold_number(answer))
 
 
 def _sample(found: list[Problem], wanted: ProblemSet, seed: str, where: str) -> list[Problem]:

@@ -1,0 +1,106 @@
+"""`octo data`: corpora to indexed datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_octo.cli.shared import AsJson, print_facts, print_json
+
+app = typer.Typer(no_args_is_help=True, help="Corpora to indexed datasets.")
+
+
+@app.command()
+def corpora(
+    name: Annotated[str | None, typer.Argument(help="one of them; all by default")] = None, as_json: AsJson = False
+) -> None:
+    """List the corpora that a build can read: where each is published, its fields, licence and size.
+
+    Example: octo data corpora openr1-math-220k
+    """
+    from megatron_octo.data.corpora.registry import ADAPTERS, describe, find_adapter
+
+    if name is not None:
+        print_facts(describe(find_adapter(name, "NAME")), as_json)
+    elif as_json:
+        print_json({known: describe(adapter) for known, adapter in ADAPTERS.items()})
+    else:
+        for adapter in ADAPTERS.values():
+            typer.echo(_line(describe(adapter)))
+
+
+def _line(facts: dict[str, Any]) -> str:
+    access = "refused" if facts["refused"] else "gated" if facts["gated"] else ""
+    columns = (facts["name"], facts["tokens"] or "-", facts["form"] or "-", access, facts["hub"] or facts["title"])
+    return "{:26} {:>8}  {:10} {:8} {}".format(*columns).rstrip()
+
+
+@app.command("build")
+def build(
+    file: Path,
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    workers: Annotated[int | None, typer.Option(help="shards at the same time, each on one core")] = None,
+    executor: Annotated[str, typer.Option(help="local, ray (RAY_ADDRESS, or one of this machine) or slurm")] = "local",
+) -> None:
+    """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
+
+    Killed at any moment, it goes on when given again; the result does not depend on workers and executor.
+
+    Example: octo data build mix.yaml --out data --workers 8
+    """
+    from megatron_octo.config.data import DataBuildConfig
+    from megatron_octo.config.load import load_config
+
+    config = load_config(DataBuildConfig, file)
+    if executor == "slurm":
+        from megatron_octo.data.engine.jobs import render_build
+
+        script, said = render_build(config, file, out, workers)
+        typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
+        return
+    from megatron_octo.data.engine.build import build_data
+
+    build_data(config, out, workers, executor)
+
+
+@app.command("work", hidden=True)
+def work(
+    file: Path,
+    out: Annotated[Path, typer.Option(help="data directory")],
+    stage: Annotated[str, typer.Option(help="name of the stage")],
+    share: Annotated[str, typer.Option(help="I/N: the tasks with number I modulo N")],
+) -> None:
+    """Do a share of one stage of a build: what a job of `octo data build --executor slurm` runs.
+
+    Example: octo data work mix.yaml --out data --stage tokenise --share 3/100
+    """
+    from megatron_octo.config.data import DataBuildConfig
+    from megatron_octo.config.load import load_config
+    from megatron_octo.data.engine.jobs import work_on_share
+
+    work_on_share(load_config(DataBuildConfig, file), out, stage, share)
+
+
+@app.command("inspect")
+def inspect(prefix: Path, as_json: AsJson = False) -> None:
+    """Check an indexed dataset and show what it holds.
+
+    Example: octo data inspect data/web
+    """
+    from megatron_octo.data.index.inspect import inspect as look
+
+    print_facts(look(prefix), as_json)
+
+
+@app.command("verify")
+def verify(directory: Path) -> None:
+    """Check every file of a data directory against its manifest.
+
+    Example: octo data verify data
+    """
+    from megatron_octo.data.engine.manifest import verify_data
+
+    verify_data(directory)
+    typer.echo(f"{directory}: every file is as its manifest says")

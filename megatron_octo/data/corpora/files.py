@@ -1,0 +1,134 @@
+"""The files of a corpus: one, a folder, a glob, or a URL that fsspec knows."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.config.data import Corpus, DataBuildConfig, InputFile, expand, expand_path, variables_of
+from megatron_octo.data.corpora.registry import Adapter
+from megatron_octo.errors import DataError
+
+_READABLE = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$|\.parquet$")
+_KINDS = "jsonl, jsonl.gz, jsonl.zst or parquet"
+
+
+def input_path(file: InputFile, where: str) -> Path:
+    """The path of a file of problems, which must be there.
+
+    Args:
+        file: its configuration.
+        where: the field that names it, for the message.
+
+    Raises:
+        DataError: there is no such file; the message says what to download and where to put it.
+        ConfigError: the path names an environment variable that is not set.
+    """
+    path = expand_path(file.path, f"{where}.path")
+    if path.is_file():
+        return path
+    what = f"{where}: {path} {'is a directory' if path.is_dir() else 'does not exist'}"
+    raise DataError(what, file.hint, _fix(file.path, str(path)))
+
+
+def corpus_files(config: DataBuildConfig, name: str, adapter: Adapter) -> list[tuple[str, str]]:
+    """The files of a corpus in sorted order.
+
+    Args:
+        config: the build.
+        name: of the corpus.
+        adapter: of the corpus; it knows where the corpus is published.
+
+    Returns:
+        Name within the corpus, with `/`, and path or URL of each.
+
+    Raises:
+        DataError: nothing is there, nothing of it can be read, or a file is there under two names.
+        ConfigError: the path names an environment variable that is not set.
+    """
+    corpus, where = config.corpora[name], f"corpora.{name}"
+    if corpus.path is None:
+        found = _hub_files(where, adapter)
+    elif "://" in (path := expand(corpus.path, f"{where}.path")):
+        found = _remote_files(where, path)
+    else:
+        found = _local_files(where, corpus, os.path.expanduser(path))
+    return found
+
+
+def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]:
+    assert corpus.path is not None
+    if os.path.isfile(path):
+        _refuse_unreadable(where, [path])
+        return [(os.path.basename(path), path)]
+    if os.path.isdir(path):
+        root, every = path, glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
+        paths = [one for one in every if _READABLE.search(one)]
+    elif glob.has_magic(path):
+        root, paths = os.path.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0]), glob.glob(path, recursive=True)
+    else:
+        raise DataError(f"{where}: {path} does not exist", corpus.hint, _fix(corpus.path, path))
+    paths = sorted(one for one in paths if os.path.isfile(one))
+    if not paths:
+        raise DataError(f"{where}: {path} holds no file of {_KINDS}", corpus.hint, _fix(corpus.path, path))
+    _refuse_unreadable(where, paths)
+    _refuse_twice(where, paths)
+    return [(Path(os.path.relpath(one, root or ".")).as_posix(), one) for one in paths]
+
+
+def _remote_files(where: str, url: str) -> list[tuple[str, str]]:
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        found = _expanded(system, path)
+    except Exception as error:  # each file system raises errors of its own
+        raise DataError(
+            f"{where}: {url} cannot be listed ({type(error).__name__}: {error})",
+            "it is read through fsspec",
+            f"reach it from this machine, or copy it and set {where}.path to the copy",
+        ) from None
+    if not found:
+        raise DataError(f"{where}: {url} holds no file of {_KINDS}", fix=f"set {where}.path to where the files are")
+    _refuse_unreadable(where, found)
+    root = os.path.commonpath([os.path.dirname(one) for one in found])
+    return [(os.path.relpath(one, root), f"{protocol}://{one.lstrip('/')}") for one in found]
+
+
+def _expanded(system: Any, path: str) -> list[str]:
+    if glob.has_magic(path):
+        return sorted(one for one in system.glob(path) if system.isfile(one))
+    if system.isfile(path):
+        return [path]
+    return sorted(one for one in system.find(path) if _READABLE.search(one))
+
+
+def _hub_files(where: str, adapter: Adapter) -> list[tuple[str, str]]:
+    if adapter.hub is None:
+        raise DataError(f"{where} names no path", f"adapter {adapter.name} is a shape and no corpus", "set its path")
+    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}")
+
+
+def _refuse_unreadable(where: str, paths: list[str]) -> None:
+    for path in paths:
+        if not _READABLE.search(path):
+            raise DataError(f"{where}: {path} is no file of {_KINDS}", "its name tells what it is", "name other files")
+
+
+def _refuse_twice(where: str, paths: list[str]) -> None:
+    known: dict[str, str] = {}
+    for path in paths:
+        other = known.setdefault(os.path.realpath(path), path)
+        if other != path:
+            raise DataError(
+                f"{where}: {path} and {other} are one file", "its documents would count twice", "remove one of them"
+            )
+
+
+def _fix(written: str, path: str) -> str:
+    names = variables_of(written)
+    return f"put it at {path}" + (f", or set {names[0]} to where it is ({written})" if names else "")

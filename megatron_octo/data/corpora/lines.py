@@ -1,0 +1,165 @@
+"""Files of one JSON object a line: plain or compressed, here or behind a URL, told apart by line number."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import orjson
+import zstandard
+
+from megatron_octo.data.corpora.render import BadRecord
+from megatron_octo.errors import DataError
+
+_CHUNK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+@contextmanager
+def open_input(path: str) -> Iterator[IO[bytes]]:
+    """Open a local file or a URL that fsspec knows, as it is, for reading."""
+    if "://" not in path:
+        with open(path, "rb", buffering=_CHUNK) as file:
+            yield file
+        return
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        yield file
+
+
+def numbered_lines(path: str, part: tuple[int, int] | None = None, first: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Read a file line by line; memory for one line and a buffer.
+
+    Args:
+        path: compressed where its name ends in `.gz` or `.zst`.
+        part: bytes to read of a plain file, first and one beyond the last: whole lines.
+        first: lines before that part.
+
+    Yields:
+        Number of the line, from 1, and its bytes, less a byte order mark at the start of the file.
+
+    Raises:
+        DataError: the file is missing or unreadable, or compressed and cut short.
+    """
+    number = first
+    try:
+        with open_input(path) as raw:
+            for line in _lines(raw, path, part):
+                number += 1
+                yield number, line.removeprefix(_BOM) if number == 1 else line
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(
+            f"{path} cannot be read beyond line {number} ({error})",
+            "a file that ends early may lack any number of documents",
+            "fetch the file again",
+        ) from None
+
+
+def _lines(raw: IO[bytes], path: str, part: tuple[int, int] | None) -> Iterator[bytes]:
+    if path.endswith(".gz"):
+        yield from io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)
+    elif path.endswith((".zst", ".zstd")):
+        yield from io.BufferedReader(_Zstandard(raw), _CHUNK)
+    elif part is None:
+        yield from raw
+    else:
+        raw.seek(part[0])
+        left = part[1] - part[0]
+        while left > 0 and (line := raw.readline()):
+            left -= len(line)
+            yield line
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames of Zstandard, one after another; unlike the library's own reader it notices that the last one is cut."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._frame, self._left = raw, None, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            if rest or self._frame is None or self._frame.eof:
+                compressed = rest or self._raw.read(_CHUNK)
+                if not compressed:
+                    return 0
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            elif not (compressed := self._raw.read(_CHUNK)):
+                raise EOFError("its last frame is cut short")
+            self._left = memoryview(self._frame.decompress(compressed))
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def parse_line(line: bytes, keys: tuple[tuple[str, bytes], ...] = ()) -> dict[str, Any]:
+    """The object of a line.
+
+    Args:
+        line: one line, with or without its end.
+        keys: names that must not stand twice, each with its bytes in quotes.
+
+    Raises:
+        BadRecord: it is empty, damaged, no object, or says one of the names twice.
+    """
+    try:
+        record = orjson.loads(line)
+    except ValueError as error:
+        raise _what_is_wrong(line, error) from None
+    if type(record) is not dict:
+        raise BadRecord(f"a JSON {type(record).__name__} and not an object")
+    for key, quoted in keys:
+        if key in record and line.count(quoted) != 1:
+            _refuse_twice(line, key)
+    return record
+
+
+def text_of(record: dict[str, Any], name: str) -> str:
+    """Take a text out of a record.
+
+    Raises:
+        BadRecord: the field is missing, no text, blank, or holds what no text file may hold.
+    """
+    if name not in record:
+        raise BadRecord(f"no field {name!r}", f" (it has {', '.join(map(repr, record)) or 'none'})")
+    text = record[name]
+    if not isinstance(text, str):
+        raise BadRecord(f"field {name!r} is {'null' if text is None else type(text).__name__} and not text")
+    if not text or text.isspace():
+        raise BadRecord(f"field {name!r} is empty")
+    if "\0" in text:
+        raise BadRecord(f"field {name!r} holds a NUL character")
+    return text
+
+
+def _refuse_twice(line: bytes, key: str) -> None:
+    """Look closely at a line that seems to have a key twice; keys of objects within it do not count."""
+    pairs: list[tuple[str, Any]] = json.loads(line, object_pairs_hook=lambda pairs: pairs)
+    if sum(name == key for name, _ in pairs) > 1:
+        raise BadRecord(f"field {key!r} stands twice")
+
+
+def _what_is_wrong(line: bytes, error: ValueError) -> BadRecord:
+    """Name what a fast parser refuses without saying where."""
+    if not line.strip():
+        return BadRecord("the line is empty")
+    if b"\0" in line:
+        return BadRecord("it holds a NUL byte", f", byte {line.index(0) + 1} of the line")
+    try:
+        json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as wrong:
+        return BadRecord("not UTF-8", f" at byte {wrong.start + 1} of the line")
+    except (ValueError, RecursionError) as wrong:
+        return BadRecord("not JSON", f" ({wrong})")
+    if "surrogate" in str(error):
+        return BadRecord("it holds half of a surrogate pair")
+    return BadRecord("not JSON", f" ({error})")
