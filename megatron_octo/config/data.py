@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_octo.config.base import Seed, Strict
-from megatron_octo.config.clean import Deduplicate
+from megatron_octo.config.clean import Decontaminate, Deduplicate
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.errors import ConfigError
 from megatron_octo.units import Tokens
@@ -152,6 +152,7 @@ class DataBuildConfig(Strict):
     problems: Problems = Problems()
     index: IndexConfig = IndexConfig()
     deduplicate: Deduplicate | None = Field(default=None, description="within and across corpora")
+    decontaminate: Decontaminate | None = Field(default=None, description="against benchmarks")
     on_bad_line: Literal["strict", "skip"] = Field(
         default="strict", description="a broken input line ends the build, or is left out and counted in the manifest"
     )

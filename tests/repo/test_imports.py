@@ -20,7 +20,7 @@ ALLOWED = {
     "schedule": {"config"},
     "model": {"config"},
     "runtime": {"config", "progress"},
-    "data": {"config", "progress"},
+    "data": {"config", "progress", "evaluate"},
     "checkpoint": {"config", "progress", "schedule", "model", "runtime", "data"},
     "convert": {"config", "progress", "schedule", "model", "runtime", "data", "checkpoint"},
     "train": {"config", "progress", "schedule", "model", "runtime", "data", "checkpoint"},

@@ -54,7 +54,7 @@ def removals_path(work: Path, shard: Any) -> Path:
 def write_removals(work: Path, shard: Any, removals: Iterable[Removal]) -> Path:
     """Write what to leave out of a shard, completely or not at all; returns the file."""
     path = removals_path(work, shard)
-    write_bytes(path, b"".join(orjson.dumps(asdict(removal)) + b"\n" for removal in removals))
+    save_removals(path, removals)
     return path
 
 
@@ -65,9 +65,15 @@ def read_removals(work: Path, shard: Any) -> dict[int, Removal]:
         work: work directory of the build.
         shard: as its reader gets it.
     """
-    try:
-        lines = removals_path(work, shard).read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}
-    found = (Removal(**orjson.loads(line)) for line in lines)
-    return {removal.place: removal for removal in found}
+    path = removals_path(work, shard)
+    return {removal.place: removal for removal in load_removals(path)} if path.exists() else {}
+
+
+def save_removals(path: Path, removals: Iterable[Removal]) -> None:
+    """Write a file of removals, one a line, completely or not at all."""
+    write_bytes(path, b"".join(orjson.dumps(asdict(removal)) + b"\n" for removal in removals))
+
+
+def load_removals(path: Path) -> list[Removal]:
+    """Read a file of removals."""
+    return [Removal(**orjson.loads(line)) for line in path.read_bytes().splitlines()]

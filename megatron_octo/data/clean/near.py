@@ -1,0 +1,193 @@
+"""Near duplicates by MinHash, on datatrove's hash functions, its file of signatures and its search in buckets.
+
+Ours is what the words are: those of `words`, with numbers as they stand, since texts that differ in numbers are
+different problems here. Ours is also what is kept of a cluster: the first document in the order of the build, not
+whichever gathered most others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_octo.config.clean import NearDuplicates
+from megatron_octo.data.clean.exact import PAIR, in_order
+from megatron_octo.data.clean.words import Batch, ngrams
+
+_MERSENNE = np.uint64((1 << 61) - 1)
+_SHIFT = np.uint64(61)
+
+
+class Signatures:
+    """Writes the signatures of a shard's documents: for each bucket one file, sorted, as datatrove does.
+
+    Args:
+        folder: of all shards; a shard's part of bucket b is `bucket_<b>/<number>.minhash.sig`.
+        number: of the shard.
+        settings: how documents are compared.
+    """
+
+    def __init__(self, folder: Path, number: int, settings: NearDuplicates) -> None:
+        from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+
+        self._settings = settings
+        self._record = np.dtype([("hashes", "<u8", settings.hashes_per_bucket), ("place", "<u4")])
+        self.paths = [_signature_path(folder, bucket, number) for bucket in range(settings.buckets)]
+        multiply, add = MinhashDedupSignature(str(folder), datatrove_config(settings), _no_words()).parameters
+        self._functions = list(zip(multiply[0], add[0], strict=True))
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._files = [path.with_suffix(".partial").open("w+b") for path in self.paths]
+
+    def add(self, batch: Batch, numbers: list[int], places: list[int]) -> None:
+        """Note documents of a batch; one with fewer words than an n-gram is left alone.
+
+        Args:
+            batch: texts.
+            numbers: which of them.
+            places: their places in the shard.
+        """
+        found = [ngrams(np.asarray(batch.words.hashes[slice(*batch.first[number : number + 2])]), self._settings.ngram)
+                 for number in numbers]  # fmt: skip
+        sizes = np.array([len(shingles) for shingles in found], np.int64)
+        if not sizes.any():
+            return
+        shingles, starts = np.concatenate(found), (np.cumsum(sizes) - sizes)[sizes > 0]
+        hashes = minima(shingles, starts, self._functions)
+        wide = self._settings.hashes_per_bucket
+        records = np.empty(len(starts), self._record)
+        records["place"] = np.array(places)[sizes > 0]
+        for bucket, file in enumerate(self._files):
+            records["hashes"] = hashes[:, bucket * wide : (bucket + 1) * wide]
+            file.write(records.tobytes())
+
+    def finish(self) -> None:
+        """Sort what was noted, one bucket at a time, and give the files their names."""
+        for file, path in zip(self._files, self.paths, strict=True):
+            file.seek(0)
+            records = np.frombuffer(file.read(), self._record)
+            columns = [records["place"], *records["hashes"].T[::-1]]
+            file.seek(0)
+            file.write(records[np.lexsort(columns)].tobytes())
+            file.close()
+            path.with_suffix(".partial").replace(path)
+
+    def close(self) -> None:
+        """Let go of files that were not finished."""
+        for file in self._files:
+            file.close()
+
+
+def _signature_path(folder: Path, bucket: int, number: int) -> Path:
+    return folder / f"bucket_{bucket:03d}" / f"{number:05d}.minhash.sig"
+
+
+def minima(shingles: np.ndarray, starts: np.ndarray, functions: list[tuple[np.uint64, np.uint64]]) -> np.ndarray:
+    """The least value of each hash function over the shingles of each document.
+
+    Args:
+        shingles: of all documents one after another, uint64 [s].
+        starts: where each document starts; none is empty.
+        functions: factor and summand of each, as datatrove draws them; values are taken modulo 2**61 - 1.
+
+    Returns:
+        uint64 [documents, functions].
+    """
+    found = np.empty((len(functions), len(starts)), np.uint64)
+    for row, (factor, summand) in enumerate(functions):
+        values = shingles * factor
+        values += summand
+        high = values >> _SHIFT
+        values &= _MERSENNE
+        values += high
+        values[values >= _MERSENNE] -= _MERSENNE
+        found[row] = np.minimum.reduceat(values, starts)
+    return found.T
+
+
+def find_candidates(folder: Path, out: Path, bucket: int, shards: int, settings: NearDuplicates) -> Path:
+    """Find the documents that share a bucket, by datatrove's merge of all shards' signatures; memory: none.
+
+    Args:
+        folder: of `Signatures`.
+        out: where datatrove writes the pairs it finds.
+        bucket: which one.
+        shards: how many there are; signatures of others are of inputs that are no more, and deleted.
+        settings: how documents are compared.
+
+    Returns:
+        The file of pairs.
+    """
+    from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
+    from loguru import logger
+
+    known = {_signature_path(folder, bucket, number) for number in range(shards)}
+    for path in (folder / f"bucket_{bucket:03d}").glob("*"):
+        if path not in known:
+            path.unlink()
+    with _quiet(logger):
+        MinhashDedupBuckets(str(folder), str(out), config=datatrove_config(settings)).run(
+            None, bucket, settings.buckets
+        )
+    return candidates_path(out, bucket)
+
+
+def candidates_path(out: Path, bucket: int) -> Path:
+    """Where datatrove writes the pairs of a bucket."""
+    return out / f"{bucket:05d}_00.dups"
+
+
+def cluster(files: list[Path]) -> np.ndarray:
+    """Join pairs to clusters, and name the first document of each as the one that is kept.
+
+    Args:
+        files: pairs of documents that share a bucket, of all buckets.
+
+    Returns:
+        PAIR [documents left out], ordered. Memory: about 100 bytes for each pair.
+    """
+    pairs = np.concatenate([np.empty((0, 4), "<u4"), *(np.fromfile(path, "<u4").reshape(-1, 4) for path in files)])
+    ends = (pairs[:, 0::2].astype(np.uint64) << np.uint64(32)) | pairs[:, 1::2]
+    documents, edges = np.unique(ends, return_inverse=True)
+    edges = edges.reshape(-1, 2)
+    first = np.arange(len(documents))
+    while True:
+        least = np.minimum(first[edges[:, 0]], first[edges[:, 1]])
+        before = first.copy()
+        np.minimum.at(first, before[edges[:, 0]], least)
+        np.minimum.at(first, before[edges[:, 1]], least)
+        first = first[first]
+        if np.array_equal(first, before):
+            break
+    out = np.flatnonzero(first != np.arange(len(documents)))
+    found, low = np.empty(len(out), PAIR), np.uint64(0xFFFFFFFF)
+    for names, chosen in ((("shard", "place"), documents[out]), (("kept_shard", "kept_place"), documents[first[out]])):
+        found[names[0]], found[names[1]] = chosen >> np.uint64(32), chosen & low
+    return in_order(found)
+
+
+def datatrove_config(settings: NearDuplicates) -> Any:
+    """The settings as datatrove has them."""
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+
+    return MinhashConfig(settings.ngram, settings.buckets, settings.hashes_per_bucket, settings.seed)
+
+
+def _no_words() -> Any:
+    """A tokenizer that is never asked: datatrove's own for English is spaCy, which the signatures here do not need."""
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+    return WhitespaceTokenizer()
+
+
+@contextlib.contextmanager
+def _quiet(logger: Any) -> Any:
+    """Keep datatrove from telling how it goes on; what fails is raised."""
+    logger.disable("datatrove")
+    try:
+        yield
+    finally:
+        logger.enable("datatrove")

@@ -1,0 +1,115 @@
+"""Near duplicates: datatrove's signatures and buckets, our words, the first document of a cluster."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from clean_tools import clean
+from datatrove.data import Document
+
+from megatron_octo.config.clean import NearDuplicates
+from megatron_octo.data.clean.near import Signatures, cluster, datatrove_config
+from megatron_octo.data.clean.words import Batch, ngrams, words_of
+from megatron_octo.data.engine.executors import Workers
+
+NEAR = {"deduplicate": {"near": {}}}
+WORDS = ("river", "stone", "lantern", "market", "winter", "harbour", "copper", "garden", "silver", "window", "bridge")
+
+
+def _text(seed: int, words: int = 120) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) + draw.choice("abcdefgh") for _ in range(words))
+
+
+def _changed(text: str, places: list[int]) -> str:
+    words = text.split()
+    for place in places:
+        words[place] = "other"
+    return " ".join(words)
+
+
+def test_clusters_over_corpora_keep_the_first(tmp_path: Path) -> None:
+    one, two = _text(1), _text(2)
+    corpora = {
+        "a": [[_changed(two, [3]), "short"], [one, _text(3)]],
+        "b": [[_changed(one, [40]), two, "short"], [_changed(one, [40, 80]), one.upper() + "!", _text(4)]],
+    }
+    found = clean(corpora, tmp_path, **NEAR)
+    kept = {name: (removal.reason, removal.other) for name, removal in found.items()}
+    assert kept == {
+        "b/0.jsonl:1": ("near_duplicate", "a/1.jsonl:1"),
+        "b/0.jsonl:2": ("near_duplicate", "a/0.jsonl:1"),
+        "b/0.jsonl:3": ("exact_duplicate", "a/0.jsonl:2"),
+        "b/1.jsonl:1": ("near_duplicate", "a/1.jsonl:1"),
+        "b/1.jsonl:2": ("near_duplicate", "a/1.jsonl:1"),
+    }
+
+
+def test_an_exact_duplicate_names_the_document_that_is_kept(tmp_path: Path) -> None:
+    """Not the first of its own kind, where that one is left out as well."""
+    text, like = _text(5), _changed(_text(5), [10])
+    found = clean({"a": [[text, like, like]]}, tmp_path, **NEAR)
+    assert {name: (r.reason, r.other) for name, r in found.items()} == {
+        "a/0.jsonl:2": ("near_duplicate", "a/0.jsonl:1"),
+        "a/0.jsonl:3": ("exact_duplicate", "a/0.jsonl:1"),
+    }
+
+
+def test_other_numbers_are_another_problem(tmp_path: Path) -> None:
+    problem = (
+        "A train travels {} miles in {} hours. At the same rate, how many additional hours would it take to travel an "
+        "additional {} miles? It travels {} miles in an hour, so it takes {} hours."
+    )
+    found = clean({"a": [[problem.format(270, 3, 180, 90, 2), problem.format(360, 4, 540, 91, 6)]]}, tmp_path, **NEAR)
+    assert found == {}
+
+
+@pytest.mark.timeout(120)
+def test_shards_workers_and_old_signatures_change_nothing(tmp_path: Path) -> None:
+    texts = [_text(number % 9) if number % 3 else _changed(_text(number), [5]) for number in range(30)]
+    whole = clean({"a": [texts]}, tmp_path / "whole", **NEAR)
+    places = {int(name.rpartition(":")[2]) - 1 for name in whole}
+    assert 12 < len(places) < 30
+    with Workers(2) as team:
+        cut = clean({"a": [texts[:7], texts[7:21], texts[21:]]}, tmp_path / "cut", team, **NEAR)
+    assert {(0, 7, 21)[int(name[2])] + int(name.rpartition(":")[2]) - 1 for name in cut} == places
+    clean({"a": [texts, texts]}, tmp_path / "again", **NEAR)  # leaves signatures of a second shard behind
+    assert clean({"a": [texts]}, tmp_path / "again", **NEAR) == whole
+
+
+def test_signatures_are_datatroves(tmp_path: Path) -> None:
+    """The same files that datatrove writes for the same shingles, byte for byte."""
+    from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+    settings = NearDuplicates(buckets=3, hashes_per_bucket=4)
+    texts = [_text(number, 5 + 7 * number) for number in range(12)] + ["too short"]
+
+    class OurWords(MinhashDedupSignature):
+        def get_shingles(self, text: str) -> Any:
+            return ngrams(words_of(text).hashes, settings.ngram).reshape(-1, 1)
+
+    theirs = OurWords(str(tmp_path / "theirs"), datatrove_config(settings), WhitespaceTokenizer())
+    theirs.run((Document(text, str(number)) for number, text in enumerate(texts)), rank=4)
+    ours = Signatures(tmp_path / "ours", 4, settings)
+    for first in (0, 5):
+        some = texts[first : first + 5] if not first else texts[first:]
+        ours.add(Batch(some), list(range(len(some))), list(range(first, first + len(some))))
+    ours.finish()
+    for path in ours.paths:
+        other = tmp_path / "theirs" / path.relative_to(tmp_path / "ours")
+        assert path.read_bytes() == other.read_bytes() and path.stat().st_size == 12 * 36
+
+
+def test_cluster_of_a_long_chain(tmp_path: Path) -> None:
+    links = [(0, number, 0, number + 1) for number in range(500)] + [(2, 7, 1, 9), (1, 9, 3, 0)]
+    random.Random(0).shuffle(links)
+    np.array(links, "<u4").tofile(tmp_path / "pairs")
+    pairs = cluster([tmp_path / "pairs"])
+    assert len(pairs) == 502
+    assert {tuple(pair)[2:] for pair in pairs.tolist() if pair[0] == 0} == {(0, 0)}
+    assert [tuple(pair) for pair in pairs.tolist() if pair[0]] == [(2, 7, 1, 9), (3, 0, 1, 9)]
