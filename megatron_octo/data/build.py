@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.config.load import differences
-from megatron_octo.data.encode import Encoder
+from megatron_octo.data.encode import TOKENIZER_FILES, Encoder, tokenizer_digest
 from megatron_octo.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_octo.data.jsonl import input_path
 from megatron_octo.data.sources import (
@@ -39,8 +39,6 @@ from megatron_octo.progress import Progress
 _FORMAT = 1
 _RECORDS = "records"
 _STEP = 1024  # documents between two steps of the progress bar
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 _VERSIONS = ("megatron-core", "tokenizers", "numpy")
 
 Advance = Callable[[int], None]
@@ -147,11 +145,12 @@ def _inputs(config: DataBuildConfig) -> dict[str, dict[str, Any]]:
         path = input_path(file, where)
         found[where] = {"path": file.path, "bytes": path.stat().st_size, "sha256": hash_file(path)}
     if config.tokenizer.path is not None:
-        path = _given_tokenizer(config.tokenizer.path) / "tokenizer.json"
+        directory = _given_tokenizer(config.tokenizer.path)
+        files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
         found["tokenizer.path"] = {
             "path": config.tokenizer.path,
-            "bytes": path.stat().st_size,
-            "sha256": hash_file(path),
+            "bytes": sum(path.stat().st_size for path in files),
+            "sha256": tokenizer_digest(directory),
         }
     return found
 
@@ -227,7 +226,7 @@ def _publish_tokenizer(config: DataBuildConfig, directory: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 

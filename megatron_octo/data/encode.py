@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo.errors import DataError
+from megatron_octo.files import hash_file, hash_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+                   "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 _BATCH = 512
 
 
@@ -33,7 +36,7 @@ class Encoder:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocabulary = _rows(self._tokenizer)
         self.end = _end_token(directory, self._tokenizer)
 
     def documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
@@ -48,13 +51,26 @@ class Encoder:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
+def tokenizer_digest(directory: Path) -> str | None:
+    """SHA-256 over the files of a tokenizer, wherever it lies; None where there is none."""
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not (directory / TOKENIZER_FILES[0]).is_file():
+        return None
+    return hash_json({path.name: hash_file(path) for path in files})
+
+
 def vocabulary_of(directory: Path) -> int:
     """Entries of a tokenizer, added tokens included: the embedding needs at least as many rows.
 
     Raises:
         DataError: there is no readable `tokenizer.json`.
     """
-    return max(_load(directory).get_vocab(with_added_tokens=True).values()) + 1
+    return _rows(_load(directory))
+
+
+def _rows(tokenizer: Tokenizer) -> int:
+    """One more than the highest id: there may be gaps, and fewer entries than that."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _load(directory: Path) -> Tokenizer:

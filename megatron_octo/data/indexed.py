@@ -7,6 +7,7 @@ needs neither torch nor megatron, and checks what megatron's reader does not: th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import struct
 import warnings
@@ -19,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from megatron_octo.errors import DataError
-from megatron_octo.files import flush_to_disk
+from megatron_octo.files import flush_to_disk, hash_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document marks
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+_STRETCHES, _STRETCH = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,31 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
         "longest": int(index.lengths.max()) if index.documents else None,
         "first": shown,
     }
+
+
+def stray_token(tokens: np.ndarray, vocabulary: int) -> int | None:
+    """A token that is no row of the model's embedding, too large or below 0; None if there is none."""
+    if not len(tokens):
+        return None
+    largest, smallest = int(tokens.max()), int(tokens.min())
+    return largest if largest >= vocabulary else smallest if smallest < 0 else None
+
+
+def content_digest(index: Index) -> dict[str, str]:
+    """What tells a dataset from another, wherever it lies.
+
+    Returns:
+        `index`: SHA-256 of the `.idx`, the lengths of all documents; and `tokens`: SHA-256 of 64 stretches of 4 KiB
+        from all over the `.bin`. Those show another text or tokenizer, and a hole of a file that was copied in part;
+        to read all tokens at each start would take hours.
+    """
+    path, digest = bin_path(index.prefix), hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(_STRETCHES):
+            file.seek(max(0, size - _STRETCH) * number // (_STRETCHES - 1))
+            digest.update(file.read(_STRETCH))
+    return {"index": hash_file(idx_path(index.prefix)), "tokens": digest.hexdigest()}
 
 
 def import_indexed_dataset() -> Any:

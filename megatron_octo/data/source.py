@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.indexed import Index, idx_path
+from megatron_octo.data.indexed import Index, content_digest
 from megatron_octo.data.mixture import compiled_helper, windows_per_epoch
 from megatron_octo.errors import DataError
-from megatron_octo.files import flush_to_disk, hash_file, hash_json, write_json
+from megatron_octo.files import flush_to_disk, hash_json, write_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing GPU kernels, which reading data does not need
@@ -38,6 +38,7 @@ class _NoTokenizer:
 
     vocab_size = None
     eod = -2  # no token, and not Megatron's own 'no padding' mark -1 either
+    pad = -(2**62)  # a damaged file may hold -1, which Megatron's mark would turn into a 0 that no loss counts
     unique_identifiers = {"class": "none"}
 
 
@@ -54,8 +55,8 @@ class SourceDataset(gpt_dataset.GPTDataset):
 
     def __init__(self, index: Index, sequence_length: int, epochs: int, seed: int, cache: Path) -> None:
         self._index, self._epochs, self._cache = index, epochs, cache
-        self.digest = hash_file(idx_path(index.prefix))
-        """SHA-256 of the index: the lengths of all documents, which the order of windows follows from."""
+        self.digest = content_digest(index)
+        """Of the lengths of all documents, which the order of windows follows from, and of tokens from all over."""
         self.windows = windows_per_epoch(index.tokens, sequence_length)
         config = gpt_dataset.GPTDatasetConfig(
             random_seed=seed,
@@ -95,7 +96,7 @@ class SourceDataset(gpt_dataset.GPTDataset):
         """Everything the cached arrays follow from, the document lengths included; it names and marks them."""
         return {
             "layout": _LAYOUT,
-            "index": self.digest,
+            "index": self.digest["index"],
             "sequence_length": self.config.sequence_length,
             "epochs": self._epochs,
             "seed": self.config.random_seed,

@@ -20,6 +20,7 @@ from megatron_octo.checkpoint.save import load_checkpoint
 from megatron_octo.checkpoint.together import on_rank_zero
 from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.encode import tokenizer_digest
 from megatron_octo.data.reader import build_train_dataset
 from megatron_octo.model.build import build_chunks
 from megatron_octo.model.translate import Kernels, ddp_config, optimizer_config
@@ -70,7 +71,8 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     chunks = wrap(run, models)
     optimizer = build_optimizer(run, chunks)
     memory = dict(start.memory)
-    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, memory, dataset.digests)
+    read = (dataset.digests, tokenizer_digest(run.data.tokenizer))
+    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, memory, *read)
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
     gc.collect()

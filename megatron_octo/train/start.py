@@ -25,7 +25,7 @@ from megatron_octo.data.held_out import open_held_out
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
-from megatron_octo.train.change import continued, stored_run
+from megatron_octo.train.change import continued, stored_run, with_moved_data
 from megatron_octo.train.loggers import check_loggers
 
 METRICS = "metrics.jsonl"
@@ -49,7 +49,7 @@ class Start(NamedTuple):
         root_tokens: tokens of the lineage before this run.
         lineage: the record of a branch.
         memory: what hooks remembered; empty for a new run, a branch among them.
-        data: digests of the sources whose order is read on; empty for an order that begins.
+        data: what tells the sources whose order is read on; empty for an order that begins.
     """
 
     run: RunConfig
@@ -59,7 +59,7 @@ class Start(NamedTuple):
     root_tokens: int = 0
     lineage: dict[str, Any] | None = None
     memory: dict[str, Any] = {}
-    data: dict[str, str] = {}
+    data: dict[str, Any] = {}
 
     @property
     def first_window(self) -> int:
@@ -237,9 +237,8 @@ def _fork(run: RunConfig) -> Start:
             "a branch of a parent that trains says where it leaves",
             f"set start.fork.at, e.g. to {facts['tokens']}, or wait for the parent",
         )
-    origin = Origin(
-        str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, stored_run(facts, checkpoint)
-    )
+    parent = with_moved_data(stored_run(facts, checkpoint), run, facts)
+    origin = Origin(str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, parent)
     run = with_parents_rate(run, origin)
     data = facts.get("data", {}) if fork.data == "continue" else {}
     return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage_record(run, origin), data=data)

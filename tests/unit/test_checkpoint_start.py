@@ -13,11 +13,15 @@ import yaml
 from megatron_octo.checkpoint import store
 from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.seal import seal_digest
+from megatron_octo.checkpoint.store import read_facts
 from megatron_octo.config.run import RunConfig
-from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.data.encode import tokenizer_digest
+from megatron_octo.data.indexed import content_digest, read_index, write_indexed
+from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.schedule.fork import pinned_checkpoints
 from megatron_octo.train import start
 from megatron_octo.train.api import load_run, train_run
+from megatron_octo.train.change import check_data
 from megatron_octo.train.start import cut_metrics, only_trainer, open_run, plan_start
 
 
@@ -39,11 +43,11 @@ def values(out, **more):
     }
 
 
-def save(config: RunConfig, step: int) -> None:
+def save(config: RunConfig, step: int, **more) -> None:
     temporary = store.begin(config.out, step)
     tokens = step * config.tokens_per_step
     facts = {"step": step, "run_tokens": tokens, "tokens": tokens, "config": config.model_dump(mode="json")}
-    store.write_facts(temporary, facts)
+    store.write_facts(temporary, {**facts, **more})
     store.publish(temporary, config.out, step)
 
 
@@ -69,6 +73,7 @@ def changed(config: RunConfig, path: str, value) -> RunConfig:
     [
         ("parallel.tensor", 2),
         ("parallel.data", 2),
+        ("batch.micro_batch", 1),
         ("checkpoint.every", 500),
         ("checkpoint.keep", 7),
         ("threads", 1),
@@ -108,6 +113,62 @@ def test_what_may_not_change_is_named(config, field, value, said):
     with pytest.raises(ConfigError) as refused:
         plan_start(changed(config, field, value))
     assert said in str(refused.value)
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """A run that has read two sources, and a copy of them, tokenizer included, elsewhere."""
+    for folder in (tmp_path / "data", tmp_path / "elsewhere"):
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        for name in ("web", "math"):
+            write_indexed(folder / name, [[1, 2, 3], [4]], 91)
+    plain = values(tmp_path / "stable", data=data_in(tmp_path / "data"))
+    config = RunConfig.model_validate(plain)
+    digests = {name: content_digest(read_index(source.path)) for name, source in config.data.mixture.items()}
+    save(config, 8, data=digests, tokenizer=tokenizer_digest(config.data.tokenizer))
+    return config
+
+
+def data_in(folder: Path) -> dict:
+    mixture = {name: {"path": str(folder / name), "weight": 1.0} for name in ("web", "math")}
+    return {"tokenizer": str(folder / "tokenizer"), "mixture": mixture, "sequence_length": 2}
+
+
+@pytest.mark.parametrize("how", ["resume", "branch that reads on"])
+def test_data_that_was_moved_is_read_on(moved, tmp_path, how):
+    there = {"data": data_in(tmp_path / "elsewhere")}
+    if how != "resume":
+        there |= {"out": str(tmp_path / "long"), "start": {"fork": {"parent": str(moved.out), "data": "continue"}}}
+    asked = RunConfig.model_validate({**values(moved.out), **there})
+    assert plan_start(asked).run.data == asked.data
+    write_indexed(tmp_path / "elsewhere" / "web", [[1, 2, 3], [5]], 91)  # of the same lengths
+    with pytest.raises(ConfigError, match=r"data\.mixture\.web\.path: "):
+        plan_start(asked)
+
+
+def test_a_moved_tokenizer_is_the_same_one(moved, tmp_path):
+    asked = changed(moved, "data.tokenizer", str(tmp_path / "elsewhere" / "tokenizer"))
+    assert plan_start(asked).step == 8
+    (tmp_path / "elsewhere" / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "other"}')
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: "):
+        plan_start(asked)
+
+
+def test_moved_data_of_a_checkpoint_that_knows_no_tokens_is_refused(moved, tmp_path):
+    save(moved, 9, data={name: content_digest(read_index(s.path))["index"] for name, s in moved.data.mixture.items()})
+    with pytest.raises(ConfigError, match=r"data\.mixture\.math\.path: .*data\.mixture\.web\.path: "):
+        plan_start(changed(moved, "data", data_in(tmp_path / "elsewhere")))
+
+
+def test_other_tokens_in_documents_of_the_same_lengths_are_refused(moved):
+    known = read_facts(moved.out / "checkpoints" / "step_00000008")["data"]
+    check_data(moved, known, known)
+    check_data(moved, {name: digest["index"] for name, digest in known.items()}, known)  # of an earlier version
+    with pytest.raises(DataError, match=r"data\.mixture\.web .* holds other tokens than those that 'stable' has read"):
+        check_data(moved, known, {**known, "web": {**known["web"], "tokens": "other"}})
+    with pytest.raises(DataError, match=r"data\.mixture\.web .* is not the dataset"):
+        check_data(moved, known, {**known, "web": {**known["web"], "index": "other"}})
 
 
 def test_a_decay_cannot_grow(tmp_path):
