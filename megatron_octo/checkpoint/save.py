@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -130,7 +131,11 @@ class Saver:
     def _publish(self, temporary: Path, facts: dict[str, Any], digests: dict[str, str]) -> None:
         store.write_facts(temporary, facts)
         store.publish(temporary, self._run_dir, facts["step"], digests)
-        prune(self._run_dir, self._policy)
+        try:
+            prune(self._run_dir, self._policy)
+        except OSError as error:  # what was to be saved is sealed and in charge
+            said = f"{error.filename or self._run_dir}: {error.strerror or error}"
+            print(f"octo: note: an old checkpoint stays, it cannot be removed ({said})", file=sys.stderr, flush=True)
 
     def _explain(self, error: OSError) -> OctoError:
         if error.errno in _FULL:

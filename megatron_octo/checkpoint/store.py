@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.checkpoint.seal import SEAL, seal
+from megatron_octo.checkpoint.seal import SEAL, seal, verify_file
 from megatron_octo.errors import CheckpointError
 from megatron_octo.files import flush_to_disk, write_text
 
@@ -105,6 +105,17 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
+def sealed_facts(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's `run.json`, having checked it against the seal: a run is cut and pruned by what it says.
+
+    Raises:
+        CheckpointError: no seal, or the file is missing, altered or not JSON.
+    """
+    if (checkpoint / FACTS).is_file():
+        verify_file(checkpoint, FACTS)
+    return read_facts(checkpoint)
+
+
 def checkpoint_at(run_dir: Path, position: int | None) -> Path:
     """The sealed checkpoint a branch leaves from.
 
@@ -122,7 +133,7 @@ def checkpoint_at(run_dir: Path, position: int | None) -> Path:
         return latest_checkpoint(run_dir)
     available = []
     for path in sealed_checkpoints(run_dir):
-        facts = read_facts(path)
+        facts = sealed_facts(path)
         per_step = facts["run_tokens"] // max(1, facts["step"])
         if position <= facts["tokens"] < position + max(1, per_step):
             return path

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_octo.checkpoint.save import load_checkpoint, on_rank_zero
-from megatron_octo.checkpoint.store import POINTER, latest_checkpoint, point_at, read_facts, retire, sealed_checkpoints
+from megatron_octo.checkpoint.store import (
+    POINTER,
+    latest_checkpoint,
+    point_at,
+    retire,
+    sealed_checkpoints,
+    sealed_facts,
+)
 from megatron_octo.errors import StageFailed
 from megatron_octo.files import write_json
 from megatron_octo.train.facts import Trouble
@@ -74,7 +81,7 @@ def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, An
             f"a run stops here unless a policy of `watch` is rewind; {checkpoint.name} is from before",
             "take the named rank's machine out, then start the same command again; or set watch.nonfinite=rewind",
         )
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     over = list(range(max(facts["step"] + 1, bad - trouble.passed_over + 1), bad + 1))
     entry = {"step": bad, "why": trouble.why, "to": facts["step"], "passed_over": over}
     rewinds = [*known_rewinds(run.out, state.memory), entry]
@@ -89,7 +96,7 @@ def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, An
 def _target(run_dir: Path, trouble: Trouble, bad: int) -> Path:
     """The newest sealed checkpoint that can be trusted; those taken after the trouble began are withdrawn."""
     sealed = sealed_checkpoints(run_dir)
-    doubtful = [path for path in sealed if trouble.since is not None and read_facts(path)["step"] > trouble.since]
+    doubtful = [path for path in sealed if trouble.since is not None and sealed_facts(path)["step"] > trouble.since]
     trusted = [path for path in sealed if path not in doubtful]
     if doubtful and trusted:
         point_at(run_dir, trusted[-1].name)

@@ -17,6 +17,7 @@ from megatron_octo.checkpoint.store import (
     latest_checkpoint,
     read_facts,
     remove_leftovers,
+    sealed_facts,
 )
 from megatron_octo.config.load import differences, dump_config, parse_config
 from megatron_octo.config.model import ModelConfig
@@ -213,7 +214,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def _resume(run: RunConfig) -> Start:
     checkpoint = latest_checkpoint(run.out)
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     return Start(
         continued(run, facts, checkpoint),
         checkpoint,
@@ -230,7 +231,7 @@ def _fork(run: RunConfig) -> Start:
     fork = run.start.fork
     assert fork is not None
     checkpoint = checkpoint_at(fork.parent, fork.at)
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     if fork.at is None and is_held(fork.parent):
         raise CheckpointError(
             f"{fork.parent}: still trains, and its latest checkpoint changes",
@@ -268,7 +269,7 @@ def _given(run: RunConfig) -> Path:
         checkpoint = latest_checkpoint(named)
     else:
         raise CheckpointError(f"{named}: no checkpoint here", "start.checkpoint names a sealed one", "check the path")
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     stored = facts.get("model") or facts.get("config", {}).get("model")
     theirs = parse_config(ModelConfig, stored, f"{checkpoint / FACTS}: model") if stored else run.model
     changed = differences(_of_weights(theirs), _of_weights(run.model), "model")

@@ -12,7 +12,7 @@ import yaml
 
 from megatron_octo.checkpoint import store
 from megatron_octo.checkpoint.retain import Policy, prune
-from megatron_octo.checkpoint.seal import seal_digest
+from megatron_octo.checkpoint.seal import seal, seal_digest
 from megatron_octo.checkpoint.store import read_facts
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.encode import tokenizer_digest
@@ -202,6 +202,7 @@ def test_fields_that_are_newer_than_a_checkpoint_have_their_defaults(config):
             del facts["config"][section][field]
     del facts["config"]["watch"], facts["config"]["optimizer"]["beta2"]
     path.write_text(json.dumps(facts))
+    seal(path.parent)
     assert plan_start(config).run == config
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         plan_start(changed(config, "seed", 1))
@@ -213,6 +214,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_words(config, tmp_path, h
     facts = json.loads(path.read_text())
     facts["config"]["optimizer"]["amsgrad"] = True
     path.write_text(json.dumps({**facts, "versions": {"megatron_octo": "0.0.9"}}))
+    seal(path.parent)
     fork = {"fork": {"parent": str(config.out)}}
     run = config if how == "resume" else RunConfig.model_validate(values(tmp_path / "long", start=fork))
     said = r"run\.json: config: unknown key 'optimizer\.amsgrad'; it was written by megatron_octo 0\.0\.9"
@@ -226,6 +228,22 @@ def test_opening_cuts_metrics_beyond_the_checkpoint(config):
     open_run(config)
     assert [json.loads(line)["step"] for line in (config.out / "metrics.jsonl").open()] == list(range(1, 9))
     assert load_run(config.out / "config.yaml") == config
+
+
+@pytest.mark.parametrize("how", ["resume", "fork"])
+def test_facts_that_were_altered_change_nothing(config, tmp_path, how):
+    """The load would notice, but only after lines of metrics were cut by the wrong step."""
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 9))
+    (config.out / "metrics.jsonl").write_text(lines)
+    path = config.out / "checkpoints" / "step_00000008" / "run.json"
+    path.write_text(path.read_text().replace('"step": 8', '"step": 3'))
+    fork = {"name": "long", "start": {"fork": {"parent": str(config.out)}}}
+    run = config if how == "resume" else RunConfig.model_validate(values(tmp_path / "long", **fork))
+    run.out.mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"run\.json: has been altered"):
+        open_run(run)
+    assert (config.out / "metrics.jsonl").read_text() == lines
+    assert pinned_checkpoints(config.out) == set()
 
 
 def test_metrics_that_fit_are_left_alone(tmp_path):

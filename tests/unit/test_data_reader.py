@@ -256,11 +256,12 @@ def test_a_dataset_is_told_by_its_tokens_too(tmp_path: Path, place: int) -> None
 
 @pytest.mark.parametrize("change", [{"length": 8}, {"sequences": 600}, {"seed": 4}])
 def test_a_cache_serves_its_own_order_only(folder: Path, tmp_path: Path, change: dict[str, int]) -> None:
-    other = {"sequences": 100, **change}
-    build_train_dataset(_data(folder, qa=1), 100, tmp_path / "shared")
+    """Of each change alone: 20 windows are of one epoch, whatever their length, and 600 are of two."""
+    other = {"sequences": 20, **change}
+    build_train_dataset(_data(folder, web=1), 20, tmp_path / "shared")
     sequences = other.pop("sequences")
     orders = [
-        _tokens(build_train_dataset(_data(folder, qa=1, **other), sequences, tmp_path / c)) for c in ("shared", "own")
+        _tokens(build_train_dataset(_data(folder, web=1, **other), sequences, tmp_path / c)) for c in ("shared", "own")
     ]
     assert orders[0] == orders[1]
 

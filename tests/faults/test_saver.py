@@ -1,0 +1,47 @@
+"""A save is judged by what it saved: whatever happens to older checkpoints beside it is told, and ends no run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint.retain import Policy
+from megatron_octo.checkpoint.save import Saver
+from megatron_octo.checkpoint.seal import verify_seal
+from megatron_octo.runtime.groups import initialize_single, shutdown
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(6.0))
+
+    def sharded_state_dict(self, metadata=None):
+        return {"weight": ShardedTensor.from_rank_offsets("weight", self.weight.data)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    initialize_single(1)
+    yield
+    shutdown()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, capsys, background):
+    saver = Saver(tmp_path, [Model()], None, Policy(1))
+    saver.save({"step": 1})
+    (tmp_path / "checkpoints" / ".old-step_00000001").write_text("a file stands where it would be moved to")
+    saver.save({"step": 2}, background=background)
+    saver.complete()
+    assert store.latest_checkpoint(tmp_path).name == "step_00000002"
+    assert [path.name for path in store.sealed_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
+    for path in store.sealed_checkpoints(tmp_path):
+        verify_seal(path)
+    said = capsys.readouterr().err
+    assert said.startswith("octo: note: an old checkpoint stays, it cannot be removed (") and said.count("\n") == 1
+    (tmp_path / "checkpoints" / ".old-step_00000001").unlink()
+    saver.save({"step": 3})
+    assert [path.name for path in store.sealed_checkpoints(tmp_path)] == ["step_00000003"]
