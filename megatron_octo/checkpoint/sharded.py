@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from megatron_octo.checkpoint.dist import read_metadata, stored_names
 from megatron_octo.checkpoint.layer_state import check_layer_states
 from megatron_octo.checkpoint.moments import places_without_gaps, values_as_they_are
-from megatron_octo.checkpoint.part import COMMON, Part, write_parts
+from megatron_octo.checkpoint.part import COMMON, Part
 from megatron_octo.errors import CheckpointError
 
 Chunks = list[torch.nn.Module]
@@ -71,15 +71,6 @@ class Sharder:
             self._shares.apply_saving_parallelization(sharded)
         self._settled = True
         return Part(sharded, common)
-
-
-def save_state(directory: Path, chunks: Chunks, optimizer: Any) -> None:
-    """Write model and optimizer state into an empty directory; collective over all ranks.
-
-    Raises:
-        OSError: a file could not be written, for example because the disk is full; raised on every rank.
-    """
-    write_parts(directory, Sharder(chunks, optimizer).part())
 
 
 def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool) -> None:

@@ -100,10 +100,10 @@ def _target(run_dir: Path, trouble: Trouble, bad: int) -> Path:
     trusted = [path for path in sealed if path not in doubtful]
     if doubtful and trusted:
         point_at(run_dir, trusted[-1].name)
-    elif doubtful:
-        (run_dir / POINTER).unlink(missing_ok=True)
     for path in reversed(doubtful):
         retire(path)
+    if doubtful and not trusted:  # last: without it a kill before would leave the next doubtful one in charge
+        (run_dir / POINTER).unlink(missing_ok=True)
     if not trusted:
         raise StageFailed(
             f"step {bad}: {trouble.why}; there is no checkpoint to go back to yet",

@@ -12,10 +12,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint.part import write_parts
 from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.save import load_checkpoint
 from megatron_octo.checkpoint.seal import seal
-from megatron_octo.checkpoint.sharded import save_state
+from megatron_octo.checkpoint.sharded import Sharder
 from megatron_octo.errors import CheckpointError
 from megatron_octo.runtime.groups import initialize_single, shutdown
 
@@ -68,7 +69,8 @@ def one_process():
 def saved(folder: Path, kept: object = None, kind: type[Holder] = Holder) -> Path:
     checkpoint = folder / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
-    save_state(checkpoint, [kind(torch.ones(3) if kept is None else kept)], None)
+    model = kind(torch.ones(3) if kept is None else kept)
+    write_parts(checkpoint, Sharder([model], None).part())
     store.write_facts(checkpoint, {"step": 1})
     return checkpoint
 

@@ -18,7 +18,7 @@ from megatron_octo.checkpoint.dist import read_metadata
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.seal import seal, seal_digest, verify_seal
-from megatron_octo.errors import CheckpointError
+from megatron_octo.errors import CheckpointError, StageFailed
 from megatron_octo.schedule.fork import record_fork
 
 
@@ -70,6 +70,28 @@ def test_a_branch_that_leaves_while_another_checkpoint_is_removed_keeps_its_own(
     monkeypatch.setattr(retain, "retire", remove_slowly)
     assert prune(tmp_path, Policy(1)) == ["step_00000001"]
     verify_seal(tmp_path / "checkpoints" / "step_00000002")
+
+
+def test_a_withdrawal_that_is_cut_off_leaves_no_doubtful_checkpoint_in_charge(tmp_path, monkeypatch):
+    from megatron_octo.train import rewind
+    from megatron_octo.train.facts import Trouble
+
+    def killed(checkpoint: Path) -> None:
+        plain(checkpoint)
+        raise KeyboardInterrupt
+
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    plain, trouble = rewind.retire, Trouble("a weight changed by itself", since=0)
+    monkeypatch.setattr(rewind, "retire", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rewind._target(tmp_path, trouble, 4)
+    with pytest.raises(CheckpointError, match="not a sealed checkpoint here"):
+        store.latest_checkpoint(tmp_path)
+    monkeypatch.setattr(rewind, "retire", plain)
+    with pytest.raises(StageFailed, match="no checkpoint to go back to"):
+        rewind._target(tmp_path, trouble, 4)
+    assert not store.has_checkpoint(tmp_path)
 
 
 def test_what_a_run_is_cut_and_pruned_by_is_checked_against_the_seal(tmp_path):
