@@ -132,7 +132,15 @@ def test_nothing_is_set_on_a_function():
         check_layer_states({KEY: as_tensor(content)})
 
 
-@pytest.mark.parametrize("value", [as_tensor(b"no pickle"), torch.ones(3), b"bytes", stored()[:-20]])
-def test_what_is_no_such_state_is_refused(value):
-    with pytest.raises(pickle.UnpicklingError, match=KEY):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (as_tensor(b"no pickle"), ""),
+        (torch.ones(3), ""),
+        (b"bytes", "it is bytes and not a tensor"),
+        (stored()[:-20], ""),
+    ],
+)
+def test_what_is_no_such_state_is_refused(value, said):
+    with pytest.raises(pickle.UnpicklingError, match=f"{KEY}: {said}"):
         check_layer_states({KEY: value})
