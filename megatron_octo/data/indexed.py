@@ -255,17 +255,20 @@ def content_digest(index: Index) -> dict[str, str]:
     """What tells a dataset from another, wherever it lies.
 
     Returns:
-        `index`: SHA-256 of the `.idx`, the lengths of all documents; and `tokens`: SHA-256 of 64 stretches of 4 KiB
-        from all over the `.bin`. Those show another text or tokenizer, and a hole of a file that was copied in part;
-        to read all tokens at each start would take hours.
+        `index`: SHA-256 of the `.idx`, the lengths of all documents; and `tokens`: a `spot_digest` of the `.bin`, which
+        shows another text or tokenizer: to read all tokens at each start would take hours.
     """
-    path, digest = bin_path(index.prefix), hashlib.sha256()
-    size = path.stat().st_size
+    return {"index": hash_file(idx_path(index.prefix)), "tokens": spot_digest(bin_path(index.prefix))}
+
+
+def spot_digest(path: Path) -> str:
+    """SHA-256 of 64 stretches of 4 KiB from all over a file: of other content, or with a hole from a copy in part."""
+    digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         for number in range(_STRETCHES):
             file.seek(max(0, size - _STRETCH) * number // (_STRETCHES - 1))
             digest.update(file.read(_STRETCH))
-    return {"index": hash_file(idx_path(index.prefix)), "tokens": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def import_indexed_dataset() -> Any:

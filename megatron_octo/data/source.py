@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.indexed import Index, content_digest
+from megatron_octo.data.indexed import Index, content_digest, spot_digest
 from megatron_octo.data.mixture import compiled_helper, windows_per_epoch
 from megatron_octo.errors import DataError
 from megatron_octo.files import flush_to_disk, hash_json, write_json
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-_LAYOUT = 2  # of the cached directory; raised when its meaning changes
+_LAYOUT = 3  # of the cached directory; raised when its meaning changes
 _ARRAYS = ("document_index", "sample_index", "shuffle_index")
 _ORDER = "order.json"
 
@@ -133,7 +133,8 @@ def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Pa
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             flush_to_disk(temporary / f"{name}.npy")
-        write_json(temporary / _ORDER, order)
+        digests = {name: spot_digest(temporary / f"{name}.npy") for name in arrays}
+        write_json(temporary / _ORDER, {**order, "arrays": digests})
         os.rename(temporary, directory)
     except OSError:
         if not directory.is_dir():
@@ -143,11 +144,15 @@ def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Pa
 
 
 def _load(order: dict[str, Any], directory: Path) -> tuple[Any, ...]:
-    """Open cached arrays, having seen that they are of this order and not, say, of another seed."""
+    """Open cached arrays, having seen that they are of this order and not, say, of another seed, or copied in part."""
     try:
         found = json.loads((directory / _ORDER).read_text(encoding="utf-8"))
+        digests = found.pop("arrays", {}) if isinstance(found, dict) else {}
         if found != order:
             raise ValueError(f"it holds the order {found}, not {order}")
+        altered = [name for name in _ARRAYS if spot_digest(directory / f"{name}.npy") != digests.get(name)]
+        if altered:
+            raise ValueError(f"{altered[0]}.npy is not as it was written")
         return tuple(np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(

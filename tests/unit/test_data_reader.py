@@ -164,6 +164,17 @@ def test_damaged_cache_is_named(folder: Path, tmp_path: Path) -> None:
         build_train_dataset(_data(folder, web=1), 10, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["document_index", "sample_index", "shuffle_index"])
+def test_a_cache_that_was_copied_in_part_is_not_read(folder: Path, tmp_path: Path, name: str) -> None:
+    """Of the right size, and zeros from some place on: one window would be read over and over."""
+    build_train_dataset(_data(folder, web=1), 10, tmp_path)
+    path = next(tmp_path.rglob(f"{name}.npy"))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    with pytest.raises(DataError, match=rf"index cache .* is damaged \({name}.npy is not as it was written\)"):
+        build_train_dataset(_data(folder, web=1), 10, tmp_path)
+
+
 def test_too_long_a_sequence_names_the_source(folder: Path, tmp_path: Path) -> None:
     tokens = read_index(folder / "tiny").tokens
     assert len(build_train_dataset(_data(folder, length=tokens - 1, tiny=1), 2, tmp_path)) == 2
