@@ -10,12 +10,13 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import (
@@ -35,8 +36,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 from megatron_octo.checkpoint.dist import read_metadata, stored_names
 from megatron_octo.checkpoint.layer_state import check_layer_states
 from megatron_octo.checkpoint.moments import places_without_gaps, values_as_they_are
-from megatron_octo.checkpoint.part import COMMON, Part
+from megatron_octo.checkpoint.part import BACKEND, COMMON, VERSION, Part
 from megatron_octo.errors import CheckpointError
+from megatron_octo.files import read_json
 
 Chunks = list[torch.nn.Module]
 
@@ -86,6 +88,7 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
         CheckpointError: a tensor is absent, has another shape than the model's or no place in it, or what is stored
             names code.
     """
+    _check_format(directory)
     _check_common(directory)
     wanted = _describe(chunks, optimizer if moments else None, loading=True)
     _drop_absent_objects(wanted, stored_names(directory))
@@ -147,6 +150,18 @@ def cast_from_masters(optimizer: Any) -> None:
         for chunk in one.model_chunks:
             if not chunk.ddp_config.overlap_param_gather:  # otherwise the next forward pass gathers
                 chunk.start_param_sync()
+
+
+def _check_format(directory: Path) -> None:
+    """Refuse a checkpoint of another format; megatron-core would look for who reads it, and fail in many ways."""
+    path = directory / CONFIG_FNAME
+    found, known = read_json(path), asdict(CheckpointingConfig(BACKEND, VERSION))
+    if found != known:
+        raise CheckpointError(
+            f"{path}: {'no JSON here' if found is None else f'format {str(found)[:80]}'}",
+            f"the trainer reads {known['sharded_backend']} of version {known['sharded_backend_version']}",
+            "restore the file from a copy, or use another checkpoint",
+        )
 
 
 def _check_common(directory: Path) -> None:

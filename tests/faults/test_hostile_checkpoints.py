@@ -139,6 +139,17 @@ def test_a_list_of_tensors_that_would_run_code_is_refused(tmp_path):
     assert not sprung.exists()
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "{", '{"sharded_backend": "zarr", "sharded_backend_version": 1}', None]
+)
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, content):
+    checkpoint = saved(tmp_path)
+    path = checkpoint / "metadata.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"metadata\.json: .*the trainer reads torch_dist of version 1"):
+        load(checkpoint)
+
+
 @pytest.mark.parametrize("elsewhere", ["../outside.distcp", "/etc/hostname", "folder/__0_0.distcp"])
 def test_a_path_out_of_the_checkpoint_is_refused(tmp_path, elsewhere):
     checkpoint = saved(tmp_path)
