@@ -16,14 +16,15 @@ import torch
 
 _MARK = "_extra_state"
 _RECIPES = (
-    "Format", "_FormatHelper", "MMParams", "QParams", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling",
+    "_FormatHelper", "MMParams", "QParams", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling",
     "MXFP8BlockScaling",
 )  # fmt: skip
 _VALUES = {
     *(("transformer_engine.common.recipe", name) for name in _RECIPES),
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
 }
-_PLAIN = (type(None), bool, int, float, str)
+_FORMATS = ("E2M1", "E4M3", "E5M2", "HYBRID")
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 
 def check_layer_states(state: Mapping[str, Any]) -> None:
@@ -40,7 +41,7 @@ def check_layer_states(state: Mapping[str, Any]) -> None:
             try:
                 _check(value)
             except Exception as error:  # a damaged pickle fails in every way there is
-                raise pickle.UnpicklingError(f"{name}: {error or type(error).__name__}") from None
+                raise pickle.UnpicklingError(f"{name}: {str(error) or type(error).__name__}") from None
 
 
 def _check(value: Any) -> None:
@@ -66,6 +67,21 @@ class _Values:
         self.parts.append(state)
 
 
+class _Format(_Values):
+    """Stands for the enumeration of FP8 formats."""
+
+
+class _Member:
+    """Stands for `getattr`, by which some versions of Python pickle a member of an enumeration."""
+
+    __slots__ = ()
+
+    def __call__(self, owner: Any, name: Any) -> _Values:
+        if owner is not _Format or name not in _FORMATS:
+            raise pickle.UnpicklingError(f"it asks for an attribute {name!r}")
+        return _Values(name)
+
+
 class _Tensor:
     """Stands for the function that makes a tensor."""
 
@@ -89,12 +105,18 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _VALUES:
             return _Values
+        if (module, name) == ("transformer_engine.common.recipe", "Format"):
+            return _Format
+        if (module, name) == ("builtins", "getattr"):
+            return _Member()
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _Tensor()
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _Storage()
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 

@@ -54,7 +54,7 @@ def stored(**changes: Any) -> torch.Tensor:
     """What TransformerEngine 2.11 keeps of a layer with delayed scaling."""
     state = {
         "recipe": DelayedScaling(), "scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(16, 3),
-        "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "fp8_group": (1, [2.0])},
+        "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "kept": (1, [2.0, None], torch.bfloat16)},
     }  # fmt: skip
     return as_tensor(pickle.dumps({**state, **changes}))
 
@@ -126,6 +126,22 @@ def test_a_function_among_the_values_of_a_new_object_is_seen():
         check_layer_states({KEY: as_tensor(content)})
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "passes"),
+    [("Format", "HYBRID", True), ("Format", "__class__", False), ("DelayedScaling", "__init__", False)],
+)
+def test_only_a_format_is_asked_for_by_name(owner, name, passes):
+    """Enumerations are pickled so by some versions of Python; `__init__.__globals__` leads to everything."""
+    content = b"\x80\x02cbuiltins\ngetattr\nctransformer_engine.common.recipe\n%b\nX%b%b\x86R."
+    state = as_tensor(content % (owner.encode(), len(name).to_bytes(4, "little"), name.encode()))
+    assert pickle.loads(state.numpy().tobytes()) == getattr({"Format": Format}.get(owner, DelayedScaling), name)
+    if passes:
+        check_layer_states({KEY: state})
+        return
+    with pytest.raises(pickle.UnpicklingError, match=f"it asks for an attribute '{name}'"):
+        check_layer_states({KEY: state})
+
+
 def test_nothing_is_set_on_a_function():
     content = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb."  # f.__dict__["a"] = 1
     with pytest.raises(pickle.UnpicklingError, match=KEY):
@@ -135,10 +151,10 @@ def test_nothing_is_set_on_a_function():
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (as_tensor(b"no pickle"), ""),
-        (torch.ones(3), ""),
+        (as_tensor(b"no pickle"), "."),
+        (torch.ones(3), "."),
         (b"bytes", "it is bytes and not a tensor"),
-        (stored()[:-20], ""),
+        (stored()[:-20], "."),
     ],
 )
 def test_what_is_no_such_state_is_refused(value, said):
