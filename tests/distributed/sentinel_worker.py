@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
@@ -80,13 +81,15 @@ class Rounding:
 
 
 def _saved(state: Any) -> torch.Tensor:
-    """What a checkpoint holds of a recipe's memory, as TransformerEngine's extra state does."""
-    return torch.cat([state.scale, state.amax_history])
+    """What a checkpoint holds of a recipe's memory: bytes of a pickle, as TransformerEngine's extra state is."""
+    kept = {"scale_fwd": state.scale, "amax_history_fwd": state.amax_history, "extra_fp8_variables": {"num_gemms": 1}}
+    return torch.frombuffer(bytearray(pickle.dumps(kept)), dtype=torch.uint8)
 
 
 def _restored(state: Any, saved: torch.Tensor) -> None:
-    state.scale.copy_(saved[:1])
-    state.amax_history.copy_(saved[1:])
+    kept = pickle.loads(saved.numpy().tobytes())
+    state.scale.copy_(kept["scale_fwd"])
+    state.amax_history.copy_(kept["amax_history_fwd"])
 
 
 class Trainer:
