@@ -114,7 +114,8 @@ class StopSignals:
             ask: called once, from a signal handler or another thread, when a signal is received.
             grace: seconds from the signal to the end of the process.
         """
-        self._ask, self._grace = ask, grace
+        self._grace = grace  # first: a signal that finds `_ask` finds its grace
+        self._ask = ask
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._receive(number)

@@ -41,9 +41,9 @@ _BROKEN = re.compile(
 class Watchdog:
     """Watches the thread that enters it, on each rank; a context manager around all that ranks do together.
 
-    When the watched thread has stood in one place for `timeout` seconds, the process prints who is to blame, dumps the
-    stacks of all its threads, and ends with exit code 76. An error of a collective inside the context (a connection
-    lost, a time-out of the process group) becomes a `RankLost` that says the same.
+    When the watched thread has stood in one place of one stage for `timeout` seconds, the process prints who is to
+    blame, dumps the stacks of all its threads, and ends with exit code 76. An error of a collective inside the context
+    (a connection lost, a time-out of the process group) becomes a `RankLost` that says the same.
 
     Args:
         rank: of this process.
@@ -107,7 +107,7 @@ class Watchdog:
             frame, now = sys._current_frames().get(self._watched), time.monotonic()
             if frame is None:
                 return
-            found = _signature(frame)
+            found = (self._stage(), _signature(frame))  # steps that spend all their time in one place are no hang
             suspended = now - looked > 3 * self._period + 1.0  # this process itself was stopped for a while
             looked = now
             if found != signature or suspended:

@@ -35,11 +35,12 @@ from megatron_octo.model.precision import Precision
 from megatron_octo.runtime import groups
 from megatron_octo.train import setup
 from megatron_octo.train.api import load_run
-from megatron_octo.train.hooks.default import default_hooks
+from megatron_octo.train.hooks import default
 from megatron_octo.train.hooks.sentinel import Sentinel
 
 LARGEST, BAD_SCALE = 448.0, 3e4
 LAYERS = ("dtype=bf16", "model.layers=4")
+STATISTICS = "logging.statistics_every=3"
 NORMAL = {"every": 2, "warmup": 2, "patience": 2, "loss_tolerance": 0.02, "grad_tolerance": 0.5}
 
 
@@ -106,17 +107,16 @@ class Trainer:
             rounding.install(models)
             return models
 
-        def hooks(engine: Any, state: Any, *others: Any) -> Any:
-            made = default_hooks(engine, state, *others)
-            if sentinel is not None:
-                config = SentinelConfig(**{**NORMAL, **sentinel})
-                made._hooks.insert(0, Sentinel(engine, Precision(state.models, rounding.off), config))
-            return made
+        def sentinels(engine: Any, state: Any) -> list[Sentinel]:
+            if sentinel is None:
+                return []
+            config = SentinelConfig(**{**NORMAL, **sentinel})
+            return [Sentinel(engine, Precision(state.models, rounding.off), config)]
 
         run = load_run(self.path, [f"out={self.path.parent / name}", *LAYERS, *overrides])
         with (
             mock.patch.object(groups, "shutdown", partial(groups.shutdown, keep_world=True)),
-            mock.patch.object(loop, "default_hooks", hooks),
+            mock.patch.object(default, "sentinels", sentinels),
             mock.patch.object(setup, "build_chunks", build),
         ):
             state = loop.train(run, until)
@@ -154,9 +154,9 @@ def reload_masters(trainer: Trainer) -> None:
 
 
 def single(trainer: Trainer) -> None:
-    trainer.train("plain")
+    trainer.train("plain", STATISTICS)
     reload_masters(trainer)
-    trainer.train("watched", sentinel={"action": "warn"})
+    trainer.train("watched", STATISTICS, sentinel={"action": "warn"})
     trainer.train("bad", bad=(2,), sentinel={})
     trainer.train("bad-unwatched", bad=(2,))
     trainer.train("bad-warned", bad=(2,), sentinel={"action": "warn"})

@@ -57,6 +57,9 @@ def test_a_watched_run_is_bitwise_the_unwatched_one(folder):
     assert noted["watched"]["off_calls"] == 6 * 4
     assert noted["watched"]["weights"] == noted["plain"]["weights"]
     assert losses(folder / "watched") == losses(folder / "plain")
+    # What is replayed after step 2 belongs to no step: it is not counted into the statistics of step 3.
+    told, bare = ((folder / name / "statistics.jsonl").read_text() for name in ("watched", "plain"))
+    assert told == bare and told.count("\n") == 4
     # Two good runs compare equal; a bad one does not: weights are looked at.
     assert noted["bad-warned"]["weights"] == noted["bad-unwatched"]["weights"] != noted["plain"]["weights"]
 

@@ -211,6 +211,7 @@ def single(trainer: Trainer) -> None:
     run(trainer, "bf16", SKIP, BF16, faults=(at(bad_loss, 7), watched(trainer.notes, "bf16")))
     run(trainer, "flip", REWIND, EVERY, faults=(flipped(9),))
     run(trainer, "flip saved", REWIND, EVERY, faults=(flipped(8, before_save=True),))
+    run(trainer, "flip that shows", *two_over, EVERY, faults=(flipped(8, before_save=True), at(bad_loss, 9, times=1)))
     run(trainer, "flip of a master copy", REWIND, EVERY, BF16, faults=(flipped(9, master=True),))
     run(trainer, "flip of a copy", REWIND, EVERY, BF16, faults=(flipped(9),))
     run(trainer, "bf16 clean", BF16)

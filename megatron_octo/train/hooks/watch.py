@@ -45,12 +45,14 @@ class WatchNumbers(Hook):
         return f"passed over: {bad.why}" if bad.step == step else f"passed over: before the bad step {bad.step}"
 
     def before_update(self, state: TrainState, gradients: Gradients) -> Verdict:
-        """Look at the numbers of a step.
+        """Look at the numbers of a step; where a hook before this one has found a cause, they say nothing of the data.
 
         Raises:
             StageFailed: the policy is to stop, or this is the last of `patience` bad steps in a row; the last
                 checkpoint was taken before it.
         """
+        if state.trouble is not None:
+            return Verdict.UPDATE
         watch, memory = state.run.watch, state.memory[MEMORY]
         policy, why = _judge(watch, memory, gradients)
         if not why:
