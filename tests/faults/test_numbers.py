@@ -195,8 +195,8 @@ def test_bf16_weights_and_their_master_copies_are_left_alone(single):
 
 
 @pytest.mark.parametrize(("name", "clean", "to"), [
-    ("flip", "clean", 8), ("flip saved", "clean", 4), ("flip that shows", "clean", 4), ("flip of a copy", "bf16 clean", 8),
-    ("flip of a master copy", "bf16 clean", 8),
+    ("flip", "clean", 8), ("flip saved", "clean", 4), ("flip that shows", "clean", 4),
+    ("flip of a copy", "bf16 clean", 8), ("flip of a master copy", "bf16 clean", 8),
 ])  # fmt: skip
 def test_a_flipped_bit_is_found_and_undone(single, name, clean, to):
     assert single.note(name) == FINE
