@@ -1,7 +1,8 @@
 """Going back to the last sealed checkpoint, and passing over the batches that led astray.
 
-What is passed over is written to `rewinds.json` before the run goes back. A run that is killed at any point of a rewind
-starts from the same checkpoint with the same list, and so comes to the same end.
+What is passed over is written to `rewinds.json` before the run goes back; files with a line for each step are cut by
+those who write them, last. A run that is killed at any point of a rewind starts from the same checkpoint with the same
+list, and so comes to the same end.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_octo.errors import StageFailed
 from megatron_octo.files import write_json
 from megatron_octo.train.facts import Trouble
 from megatron_octo.train.hooks.base import Hooks
-from megatron_octo.train.start import METRICS, REWINDS, cut_metrics, known_rewinds
+from megatron_octo.train.start import REWINDS, known_rewinds
 from megatron_octo.train.state import TrainState
 
 
@@ -71,7 +72,7 @@ def rewind(state: TrainState, hooks: Hooks) -> None:
 
 
 def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Choose the checkpoint, write down what is passed over, cut the metrics: what rank 0 does for all."""
+    """Choose the checkpoint and write down what is passed over: what rank 0 does for all."""
     run, trouble, bad = state.run, state.trouble, state.step + 1
     assert trouble is not None
     checkpoint = _target(run.out, trouble, bad)
@@ -87,7 +88,6 @@ def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, An
     rewinds = [*known_rewinds(run.out, state.memory), entry]
     _check_patience(rewinds, run.watch.patience)
     write_json(run.out / REWINDS, rewinds)
-    cut_metrics(run.out / METRICS, facts["step"])
     said = f", passing over {_span(over)}" if over else ""
     print(f"octo: step {bad}: {trouble.why}; back to {checkpoint.name}{said}", file=sys.stderr, flush=True)
     return checkpoint, facts, rewinds

@@ -32,6 +32,7 @@ from megatron_octo.train.loggers import check_loggers
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 STATISTICS = "statistics.jsonl"
+SENTINEL = "sentinel.jsonl"
 PROFILE = "profile"
 CONFIG = "config.yaml"
 REWINDS = "rewinds.json"
@@ -198,7 +199,7 @@ def only_trainer(run_dir: Path) -> IO[str]:
 
 def cut_records(out: Path, step: int) -> None:
     """Cut every file of a run directory that has a line for a step; see `cut_metrics`."""
-    for name in (METRICS, VALIDATION, STATISTICS):
+    for name in (METRICS, VALIDATION, STATISTICS, SENTINEL):
         cut_metrics(out / name, step)
 
 

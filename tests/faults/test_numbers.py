@@ -22,7 +22,7 @@ from tiny_run import metrics, write_run  # noqa: E402
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 FAULTY, LAST = 7, 12
-KILLS = ("before the list", "before the cut", "before the load", "after the load")
+KILLS = ("before the list", "before the load", "before the cut", "after the cut")
 FINE = {"error": None}
 SAME = ("loss", "learning_rate", "grad_norm", "tokens", "run_tokens", "step")
 
