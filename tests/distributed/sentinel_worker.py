@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from tiny_run import FOUR_WAY, STEP_TOKENS
 
 import megatron_octo.train.loop as loop
@@ -113,11 +114,18 @@ class Trainer:
             config = SentinelConfig(**{**NORMAL, **sentinel})
             return [Sentinel(engine, Precision(state.models, rounding.off), config)]
 
+        plain, sent = param_and_grad_buffer.dist_reduce_scatter_func, []
+
+        def reduce(*arguments: Any, **options: Any) -> Any:
+            sent.append(1)
+            return plain(*arguments, **options)
+
         run = load_run(self.path, [f"out={self.path.parent / name}", *LAYERS, *overrides])
         with (
             mock.patch.object(groups, "shutdown", partial(groups.shutdown, keep_world=True)),
             mock.patch.object(default, "sentinels", sentinels),
             mock.patch.object(setup, "build_chunks", build),
+            mock.patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", reduce),
         ):
             state = loop.train(run, until)
         weights = [weight.detach().float().numpy().tobytes() for model in state.models for weight in model.parameters()]
@@ -125,6 +133,7 @@ class Trainer:
             "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
             "memory": state.memory.get("sentinel"),
             "off_calls": rounding.off_calls,
+            "reductions": len(sent),
         }
 
 

@@ -71,6 +71,9 @@ def test_in_every_layout_and_on_every_rank(folder, layout):
         assert noted[f"{layout}-watched"]["weights"] == noted[f"{layout}-plain"]["weights"]
         assert noted[f"{layout}-watched"]["memory"]["bf16"] == []
         assert noted[f"{layout}-bad"]["memory"]["bf16"] == [2]
+        # Replayed gradients stay where they are: nothing is reduced that training would not reduce.
+        reductions = [noted[f"{layout}-{kind}"]["reductions"] for kind in ("plain", "watched", "bad")]
+        assert reductions == [4 if layout == "overlapped" else 0] * 3
     assert losses(folder / f"{layout}-watched") == losses(folder / f"{layout}-plain")
     assert record(folder / f"{layout}-bad")[0]["worst"] == "layer 2"
 
