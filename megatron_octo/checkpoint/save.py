@@ -59,6 +59,16 @@ class Saver:
         if dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
+    def check_room(self) -> None:
+        """See that a checkpoint fits before training for it; warn where those that are kept will not.
+
+        Collective over all ranks.
+
+        Raises:
+            EnvironmentProblem: the disk has not the room for one.
+        """
+        on_rank_zero(self._check_room, self._group)
+
     def save(self, facts: dict[str, Any], *, background: bool = False) -> None:
         """Save the state as it is now; an earlier save that still runs is waited for. Collective over all ranks.
 
@@ -123,6 +133,21 @@ class Saver:
                     store.remove_leftovers(self._run_dir)
             raise self._explain(error) from error
 
+    def _check_room(self) -> None:
+        free, each = shutil.disk_usage(self._run_dir).free, self._bytes * _MARGIN
+        if free < each:
+            raise self._disk_full()
+        # A new checkpoint stands beside those that are kept until it is sealed.
+        wanted = self._policy.keep + 1 - len(store.sealed_checkpoints(self._run_dir))
+        if free < wanted * each:
+            print(
+                f"octo: warning: {self._run_dir}: {format_bytes(free)} free, but checkpoint.keep={self._policy.keep} "
+                f"and the one being written need {format_bytes(wanted * each)} more; "
+                "fix: free disk space or lower checkpoint.keep",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _begin(self, step: int) -> Path:
         if shutil.disk_usage(self._run_dir).free < self._bytes * _MARGIN:
             raise self._disk_full()
@@ -143,7 +168,7 @@ class Saver:
         mend = "raise the limit on open files (ulimit -n)" if error.errno in _FILES else "mend the file system"
         return EnvironmentProblem(
             f"{self._run_dir}: the checkpoint could not be written ({error.strerror or error})",
-            "the last checkpoint is untouched",
+            store.standing(self._run_dir),
             f"{mend} and start the same command again",
         )
 
@@ -152,7 +177,7 @@ class Saver:
         return EnvironmentProblem(
             f"{self._run_dir}: no space for a checkpoint of about {format_bytes(self._bytes)}, "
             f"{format_bytes(free)} ({free} bytes) free",
-            "the last checkpoint is untouched",
+            store.standing(self._run_dir),
             "free disk space or lower checkpoint.keep, then start the same command again",
         )
 

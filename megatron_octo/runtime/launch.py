@@ -196,8 +196,10 @@ def _stop(ranks: list[_Rank], number: int, grace: float, stopped_code: int | Non
         as_told = (stopped_code, -signal.SIGTERM, -signal.SIGKILL)
         _raise_failure([rank for rank in ranks if rank.process.returncode not in as_told])
     took = f"{time.monotonic() - began:.1f} s (grace {grace:g} s)"
+    said = next((line for rank in ranks if (line := rank.error_line())), None)  # where it stands, and what is saved
     error = StageFailed(
-        f"stopped by {signal.Signals(number).name} within {took}", fix="start the same command again to go on"
+        said or f"stopped by {signal.Signals(number).name} within {took}",
+        fix="" if said else "start the same command again to go on",
     )
     codes = {rank.process.returncode for rank in ranks}
     # Ranks may have a code of their own for having stopped well; a shell's convention otherwise.
@@ -225,7 +227,9 @@ def _explain(rank: _Rank) -> OctoError:
         error = StageFailed(line)
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        error = StageFailed(f"rank {rank.number} {how}", said[-1] if said else "it wrote nothing", f"see {rank.log}")
+        killed = "the kernel does this where memory runs out (dmesg tells); the same command goes on"
+        fix = killed if code == -signal.SIGKILL else f"see {rank.log}"
+        error = StageFailed(f"rank {rank.number} {how}", said[-1] if said else "it wrote nothing", fix)
     error.exit_code = 128 - code if code < 0 else code
     return error
 

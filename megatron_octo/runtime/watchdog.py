@@ -208,7 +208,7 @@ class Watchdog:
             blame,
             f"rank {self._rank} {how} in {self._stage()}, {self._place.text or 'set-up'}; timeout_minutes is "
             f"{self._timeout / 60:g}",
-            "start the same command again, without that machine if it happens twice; the last checkpoint is untouched; "
+            "start the same command again, without that machine if it happens twice; what was sealed is untouched; "
             "stacks are in log-rank*.txt",
         )
         lost.in_its_words = blame.startswith(f"rank {self._confessor} ")

@@ -15,6 +15,7 @@ from megatron_octo.checkpoint.store import (
     checkpoint_at,
     has_checkpoint,
     latest_checkpoint,
+    naming_older,
     read_facts,
     remove_leftovers,
     sealed_facts,
@@ -99,6 +100,20 @@ def check_place(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise EnvironmentProblem(f"{run_dir}: a file stands where a directory is needed", fix="name another `out`")
     check_unsealed(run_dir)
+
+
+def make_place(run_dir: Path) -> None:
+    """Make a run directory.
+
+    Raises:
+        EnvironmentProblem: it cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{run_dir}: cannot be made ({error.strerror})", "a run keeps its checkpoints there", "name another `out`"
+        ) from None
 
 
 def check_tokenizer_directory(run: RunConfig) -> None:
@@ -215,7 +230,8 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def _resume(run: RunConfig) -> Start:
     checkpoint = latest_checkpoint(run.out)
-    facts = sealed_facts(checkpoint)
+    with naming_older(checkpoint):
+        facts = sealed_facts(checkpoint)
     return Start(
         continued(run, facts, checkpoint),
         checkpoint,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -10,6 +12,7 @@ from megatron_octo.checkpoint import store
 from megatron_octo.checkpoint.retain import Policy
 from megatron_octo.checkpoint.save import Saver
 from megatron_octo.checkpoint.seal import verify_seal
+from megatron_octo.errors import EnvironmentProblem
 from megatron_octo.runtime.groups import initialize_single, shutdown
 
 
@@ -45,3 +48,24 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, capsys, 
     (tmp_path / "checkpoints" / ".old-step_00000001").unlink()
     saver.save({"step": 3})
     assert [path.name for path in store.sealed_checkpoints(tmp_path)] == ["step_00000003"]
+
+
+def test_a_run_learns_at_its_start_that_its_checkpoints_will_not_fit(tmp_path, capsys, monkeypatch):
+    saver = Saver(tmp_path, [Model()], None, Policy(keep=3))
+    need = int(saver._bytes * 1.1)
+
+    def free(count: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=count))
+
+    free(need - need // 5)
+    with pytest.raises(EnvironmentProblem, match="no space for a checkpoint of about .* nothing had been saved before"):
+        saver.check_room()
+    free(2 * need)
+    saver.check_room()
+    assert "checkpoint.keep=3 and the one being written need" in capsys.readouterr().err
+    free(4 * need)
+    saver.check_room()
+    saver.save({"step": 1})
+    free(3 * need)  # one of the three is there
+    saver.check_room()
+    assert capsys.readouterr().err == ""

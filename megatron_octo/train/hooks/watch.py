@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Any
 
+from megatron_octo.checkpoint.store import standing
 from megatron_octo.config.survive import WatchConfig
 from megatron_octo.errors import StageFailed
 from megatron_octo.train.facts import Gradients, Trouble, Verdict
@@ -48,8 +49,8 @@ class WatchNumbers(Hook):
         """Look at the numbers of a step; where a hook before this one has found a cause, they say nothing of the data.
 
         Raises:
-            StageFailed: the policy is to stop, or this is the last of `patience` bad steps in a row; the last
-                checkpoint was taken before it.
+            StageFailed: the policy is to stop, or this is the last of `patience` bad steps in a row; whatever
+                checkpoint there is was taken before it.
         """
         if state.trouble is not None:
             return Verdict.UPDATE
@@ -88,8 +89,7 @@ def _judge(watch: WatchConfig, memory: dict[str, Any], gradients: Gradients) -> 
 def _stopped(state: TrainState, why: str) -> StageFailed:
     return StageFailed(
         f"step {state.step + 1} ({state.tokens} tokens): {why}",
-        "a run stops at the first value that is not a finite number, or as watch.* says; the last checkpoint was taken "
-        "before it",
+        f"a run stops at the first value that is not a finite number, or as watch.* says; {standing(state.run.out)}",
         "look at the data of this step (octo data inspect), let it be passed over (watch.nonfinite=skip or rewind), or "
         "start anew in another `out` with a lower schedule.learning_rate or optimizer.clip",
     )
@@ -100,7 +100,7 @@ def _out_of_patience(state: TrainState, why: str) -> StageFailed:
     return StageFailed(
         f"step {state.step + 1} ({state.tokens} tokens): {why}; the last of {patience} bad steps in a row "
         "(watch.patience)",
-        "numbers that stay bad are not chance; the last checkpoint was taken before them",
+        f"numbers that stay bad are not chance; {standing(state.run.out)}",
         "look at the data from here on; if the level has changed for good, raise watch.sigma; if training diverges, "
         "start a new run from an earlier one (start.checkpoint) with a lower schedule.learning_rate or optimizer.clip",
     )
