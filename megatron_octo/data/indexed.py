@@ -182,9 +182,14 @@ def _read_pair(prefix: Path) -> bytes:
             raise DataError(
                 f"{path} {'is not a file' if path.exists() else 'does not exist'}",
                 "an indexed dataset is a pair .bin and .idx",
-                f"name it without suffix: {prefix.with_suffix('')}" if named else "build it with `octo data build`",
+                f"name it without suffix: {prefix.with_suffix('')}" if named else _where_to_look(prefix),
             )
     return idx_path(prefix).read_bytes()
+
+
+def _where_to_look(prefix: Path) -> str:
+    start = "" if prefix.is_absolute() else f"; a relative path starts from here, {Path.cwd()}"
+    return f"build it with `octo data build`, or mend the path{start}"
 
 
 def _check_contents(index: Index, ends: np.ndarray) -> None:

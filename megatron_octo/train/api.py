@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_octo.checkpoint.store import latest_checkpoint, read_facts
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
 from megatron_octo.config.recipes import find_recipe
@@ -19,6 +21,9 @@ from megatron_octo.runtime.accelerator import asks_for_accelerator, check, look
 from megatron_octo.runtime.stop import STOPPED, nothing_to_save
 from megatron_octo.train.describe import describe_end, describe_run
 from megatron_octo.train.start import PROFILE, last_step, make_place, plan_start
+from megatron_octo.train.statistics import climb_text
+
+_LONG_STEP = 10.0  # seconds without a step after which the bar tells how long this one takes
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -109,7 +114,16 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     times = run.out / PROFILE / "run.txt"
     if shown and times.is_file():
         print(f"\n{times.read_text(encoding='utf-8')}", file=sys.stderr, end="", flush=True)
+    if climbed := _climbed(run):
+        print(f"octo: warning: {climbed}", file=sys.stderr)
     print(f"octo: {describe_end(run, last, until, trained=True)}", file=sys.stderr)
+
+
+def _climbed(run: RunConfig) -> str:
+    """What the last checkpoint remembers of a loss that climbed; empty if it did not."""
+    numbers = read_facts(latest_checkpoint(run.out)).get("memory", {}).get("numbers", {})
+    climbed = numbers.get("climbed")
+    return climb_text(climbed["loss"], numbers["lowest"], climbed["since"]) if climbed else ""
 
 
 @contextmanager
@@ -121,11 +135,16 @@ def _mirrored_progress(run: RunConfig, step: int, last: int) -> Iterator[tuple[d
     file = run.out / ".progress.json"
     file.unlink(missing_ok=True)
     with Progress(run.name, last * run.tokens_per_step, done=step * run.tokens_per_step, lines=True) as bar:
+        moved = time.monotonic()
 
         def watch() -> None:
+            nonlocal moved
             seen = read_json(file)
-            if seen:
-                bar.advance(seen["done"] - bar.done, **seen["facts"])
+            if seen and seen["done"] != bar.done:
+                moved = time.monotonic()
+                bar.advance(seen["done"] - bar.done, **{**seen["facts"], "step_so_far": None})
+            elif (waited := time.monotonic() - moved) > _LONG_STEP:
+                bar.advance(0, step_so_far=waited)
 
         yield {PROGRESS_VARIABLE: str(file)}, watch
     file.unlink(missing_ok=True)

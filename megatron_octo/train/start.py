@@ -20,7 +20,7 @@ from megatron_octo.checkpoint.store import (
     remove_leftovers,
     sealed_facts,
 )
-from megatron_octo.config.load import differences, dump_config, parse_config
+from megatron_octo.config.load import differences, dump_config, load_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.held_out import open_held_out
@@ -127,7 +127,8 @@ def check_tokenizer_directory(run: RunConfig) -> None:
         raise DataError(
             f"data.tokenizer = {named}: {'a file, not a directory' if named.exists() else 'no such directory'}",
             "the trained model is exported with the tokenizer of its data",
-            "name the one that `octo data build` wrote or used",
+            "name the one that `octo data build` wrote or used"
+            + ("" if named.is_absolute() else f"; a relative path starts from here, {Path.cwd()}"),
         )
 
 
@@ -163,7 +164,8 @@ def open_run(run: RunConfig) -> Start:
     """
     start = plan_start(run)
     remove_leftovers(run.out)
-    dump_config(start.run, run.out / CONFIG)
+    if not _states(run.out / CONFIG, start.run):
+        dump_config(start.run, run.out / CONFIG)
     if start.lineage is not None:
         write_json(run.out / LINEAGE, start.lineage)
         if start.step == 0:
@@ -173,6 +175,14 @@ def open_run(run: RunConfig) -> Start:
         (run.out / REWINDS).unlink(missing_ok=True)
     rewinds = known_rewinds(run.out, start.memory)
     return start._replace(memory=start.memory | ({REWINDS: rewinds} if rewinds else {}))
+
+
+def _states(path: Path, run: RunConfig) -> bool:
+    """Whether a file says what a run is: one that a user wrote in its place keeps its comments."""
+    try:
+        return load_config(RunConfig, path) == run
+    except ConfigError:
+        return False
 
 
 def known_rewinds(run_dir: Path, memory: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,36 @@ def test_a_pointer_without_checkpoints_is_not_told_to_name_one(run, finished):
 def test_a_place_where_no_directory_can_be(run):
     code, line = octo(run, "x", "out=/proc/x")
     assert code == 6 and line.startswith("octo: error: /proc/x: cannot be made ("), line
+
+
+def test_a_loss_that_climbed_is_told_and_a_healthy_run_is_not_accused(run, finished):
+    more = ["schedule.learning_rate=3", f"schedule.tokens={20 * STEP_TOKENS}"]
+    done = subprocess.run(command(run, "climbed", *more), capture_output=True, text=True, timeout=120)
+    warning, end = done.stderr.splitlines()[-2:]
+    assert done.returncode == 0 and "finished" in end
+    assert re.match(r"octo: warning: the loss climbed from 4\.\d+ to \d\d\.?\d* .* since step 8; if it", warning), (
+        warning
+    )
+    assert "octo: warning: step 8: the loss climbed" in (run.parent / "climbed" / "log-rank0.txt").read_text()
+    assert "climbed" not in (finished[0] / "log-rank0.txt").read_text()
+
+
+def test_a_run_file_in_the_place_of_its_record_keeps_its_comments(run):
+    own = run.parent / "own" / "config.yaml"
+    own.parent.mkdir()
+    text = f"# mine\n{run.read_text()}".replace(str(run.parent / "reference"), str(own.parent))
+    own.write_text(text)
+    done = subprocess.run([*command(own, ".", "--until", "128")[:5], "--until", "128"], capture_output=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert own.read_text() == text
+
+
+def test_lines_that_are_gone_are_told(run, finished):
+    shutil.copytree(finished[0], run.parent / "lineless")
+    (run.parent / "lineless" / "metrics.jsonl").unlink()
+    more = f"schedule.tokens={(STEPS + 1) * STEP_TOKENS}"
+    done = subprocess.run(command(run, "lineless", more), capture_output=True, text=True, timeout=90)
+    assert f"octo: {run.parent / 'lineless' / 'metrics.jsonl'} is missing; its lines to step 6 are gone" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

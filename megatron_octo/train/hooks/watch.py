@@ -13,7 +13,7 @@ from megatron_octo.train.facts import Gradients, Trouble, Verdict
 from megatron_octo.train.hooks.base import Hook
 from megatron_octo.train.rewind import passed_over
 from megatron_octo.train.state import TrainState
-from megatron_octo.train.statistics import remember, spike_bound
+from megatron_octo.train.statistics import EARLIEST, climb_bound, climb_text, remember, spike_bound
 
 MEMORY = "numbers"
 """Where `state.memory` holds losses and norms of good steps, and the bad steps in a row."""
@@ -27,6 +27,8 @@ class WatchNumbers(Hook):
     From the first step on a value that is not finite is bad; a spike needs `statistics.EARLIEST` good steps before it.
     Only good steps enter the statistics. A step that is passed over after a rewind counts as the bad one it was, so
     that patience sees the same row of bad steps with skips and with rewinds.
+
+    Whatever the policy, a loss that climbs far above its lowest is told: a run can diverge without one bad number.
     """
 
     def open(self, state: TrainState) -> None:
@@ -60,6 +62,7 @@ class WatchNumbers(Hook):
             memory["bad_in_a_row"] = 0
             remember(memory["losses"], gradients.loss, watch.window)
             remember(memory["norms"], gradients.norm, watch.window)
+            _note_climb(memory, state.step + 1)
             return Verdict.UPDATE
         memory["bad_in_a_row"] += 1
         if policy == "stop":
@@ -70,6 +73,20 @@ class WatchNumbers(Hook):
         if policy == "skip":
             print(f"octo: step {state.step + 1} skipped: {why}", file=sys.stderr, flush=True)
         return _VERDICTS[policy]
+
+
+def _note_climb(memory: dict[str, Any], step: int) -> None:
+    """Keep the lowest mean loss, the first loss of all among them, and since when the loss is far above it."""
+    if len(memory["losses"]) < EARLIEST:
+        return
+    recent = math.fsum(memory["losses"][-EARLIEST:]) / EARLIEST
+    lowest = memory["lowest"] = min(recent, memory.get("lowest", memory["losses"][0]))
+    if recent <= climb_bound(lowest):
+        memory.pop("climbed", None)
+        return
+    if "climbed" not in memory:
+        print(f"octo: warning: step {step}: {climb_text(recent, lowest, step)}", file=sys.stderr, flush=True)
+    memory["climbed"] = {"since": memory.get("climbed", {}).get("since", step), "loss": recent}
 
 
 def _judge(watch: WatchConfig, memory: dict[str, Any], gradients: Gradients) -> tuple[str, str]:
