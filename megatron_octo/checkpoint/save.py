@@ -138,7 +138,7 @@ class Saver:
         if free < each:
             raise self._disk_full()
         # A new checkpoint stands beside those that are kept until it is sealed.
-        wanted = self._policy.keep + 1 - len(store.sealed_checkpoints(self._run_dir))
+        wanted = self._policy.keep + 1 - min(self._policy.keep, len(store.sealed_checkpoints(self._run_dir)))
         if free < wanted * each:
             print(
                 f"octo: warning: {self._run_dir}: {format_bytes(free)} free, but checkpoint.keep={self._policy.keep} "

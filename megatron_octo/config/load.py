@@ -193,7 +193,7 @@ def _explain_one(kind: type[BaseModel], problem: Any) -> ConfigError:
     value = "" if isinstance(problem["input"], (dict, list)) else f" = {problem['input']!r}"
     fix = f"change '{field}'" if problem["type"] == "value_error" else f"give '{field}' such a value"
     if problem["type"].startswith("int_"):
-        message = "it is a whole number"
+        message = "it must be an integer"
         with suppress(ValueError):
             fix = f"only counts of tokens take a suffix: write {parse_tokens(problem['input'])}"
     return ConfigError(f"{field}{value}", message, fix)

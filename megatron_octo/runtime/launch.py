@@ -196,7 +196,8 @@ def _stop(ranks: list[_Rank], number: int, grace: float, stopped_code: int | Non
         as_told = (stopped_code, -signal.SIGTERM, -signal.SIGKILL)
         _raise_failure([rank for rank in ranks if rank.process.returncode not in as_told])
     took = f"{time.monotonic() - began:.1f} s (grace {grace:g} s)"
-    said = next((line for rank in ranks if (line := rank.error_line())), None)  # where it stands, and what is saved
+    told = [rank for rank in ranks if rank.process.returncode == stopped_code]
+    said = next((line for rank in told if (line := rank.error_line())), None)  # where it stands, and what is saved
     error = StageFailed(
         said or f"stopped by {signal.Signals(number).name} within {took}",
         fix="" if said else "start the same command again to go on",

@@ -30,6 +30,7 @@ GROUP_PATIENCE = 1.2
 """Process groups wait this many times `timeout_minutes`, so that the watchdog speaks before they break off."""
 
 _PERIOD, _SHORTEST_PERIOD, _PERIODS = 5.0, 0.2, 40  # seconds between beats, and beats within the time out
+_JOINED = 2.0  # seconds that a thread may take to end
 _LINGER = 3.0  # seconds for which the rank that holds the store waits until others have read what it says
 _HURRY = 0.1  # seconds between beats of a rank that is about to end
 _MISSED = 4  # beats without which a rank counts as silent
@@ -70,9 +71,10 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._watched = threading.get_ident()
-        if self._world > 1:
-            threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
-        threading.Thread(target=self._keep_watching, name="watchdog", daemon=True).start()
+        work = {"watchdog": self._keep_watching} | ({"heartbeat": self._keep_beating} if self._world > 1 else {})
+        self._threads = [threading.Thread(target=act, name=name, daemon=True) for name, act in work.items()]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -84,6 +86,10 @@ class Watchdog:
                 self._part(error)
         finally:
             self._end.set()
+            # An interpreter that ends while a thread is inside the store aborts, with all work done. There is a limit,
+            # for the store may hold a thread up for ever.
+            for thread in self._threads:
+                thread.join(_JOINED)
 
     def follow(self, stage: Callable[[], str]) -> None:
         """Let messages say how far the run is: `stage` answers in words, from any thread."""

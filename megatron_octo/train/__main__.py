@@ -81,7 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     code = main()
     # Without the interpreter's own ending: process groups of a failed rank may wait for peers that are gone, and a
-    # thread that still lives then aborts a rank that has done its work. Everything is closed by now.
+    # thread inside a call into a store that does not answer aborts a rank that has done its work.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_octo.checkpoint.store import latest_checkpoint, read_facts
+from megatron_octo.checkpoint.store import has_checkpoint, latest_checkpoint, read_facts
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
 from megatron_octo.config.recipes import find_recipe
@@ -121,6 +121,8 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
 
 def _climbed(run: RunConfig) -> str:
     """What the last checkpoint remembers of a loss that climbed; empty if it did not."""
+    if not has_checkpoint(run.out):
+        return ""
     numbers = read_facts(latest_checkpoint(run.out)).get("memory", {}).get("numbers", {})
     climbed = numbers.get("climbed")
     return climb_text(climbed["loss"], numbers["lowest"], climbed["since"]) if climbed else ""

@@ -56,7 +56,8 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     if other:
         raise ConfigError(
             f"{place}: this run has trained with other settings: {'; '.join(other)}",
-            "a run goes on with its own data order and model; layout, checkpoints, watching and logging may change, "
+            "a run goes on with its own data order and model; layout, precision (fp8), layers (transformer_impl), "
+            "checkpoints, watching and logging may change, "
             "and of the schedule what is still to come",
             "restore these fields, or choose another `out` for a new run",
         )

@@ -29,7 +29,7 @@ def remember(values: list[float], value: float, window: int) -> None:
 def climb_bound(lowest: float) -> float:
     """Loss that a run which learns does not come back to: half above its lowest, and a nat more.
 
-    A mean over `EARLIEST` steps is held against it. A new mixture moves a loss by tenths, a warm-up by less.
+    The median of `EARLIEST` steps is held against it. A new mixture moves a loss by tenths, a warm-up by less.
     """
     return 1.5 * lowest + 1.0
 
@@ -37,7 +37,7 @@ def climb_bound(lowest: float) -> float:
 def climb_text(recent: float, lowest: float, since: int) -> str:
     """A loss that has left where it was, for the log and for the end of the command."""
     return (
-        f"the loss climbed from {lowest:.4g} to {recent:.4g} (means of {EARLIEST} steps), far above its lowest since "
+        f"the loss climbed from {lowest:.4g} to {recent:.4g} (medians of {EARLIEST} steps), far above its lowest since "
         f"step {since}; if it diverges: branch off an earlier checkpoint (start.fork.at) with a lower "
         "schedule.learning_rate, or let watch.spike=rewind act sooner"
     )

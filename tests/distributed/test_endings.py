@@ -156,6 +156,6 @@ def test_a_stopped_command_names_step_and_checkpoint(run, number):
     saved = latest_checkpoint(run.parent / name)
     step = int(saved.name.removeprefix("step_"))
     assert process.returncode == 75
-    assert said.startswith("octo: error: tiny: stopped by SIGTERM, ")
+    assert said.startswith("octo: error: tiny: stopped by SIGTERM, ")  # which is how ranks are told
     assert f"after step {step} ({step * STEP_TOKENS} tokens), saved as {saved}; " in said
     assert said.endswith("fix: start the same command again to go on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megatron_octo.checkpoint.save import Saver
 from megatron_octo.checkpoint.seal import verify_seal
 from megatron_octo.errors import EnvironmentProblem
 from megatron_octo.runtime.groups import initialize_single, shutdown
+from megatron_octo.train.hooks.save import SaveCheckpoints
 
 
 class Model(torch.nn.Module):
@@ -69,3 +71,12 @@ def test_a_run_learns_at_its_start_that_its_checkpoints_will_not_fit(tmp_path, c
     free(3 * need)  # one of the three is there
     saver.check_room()
     assert capsys.readouterr().err == ""
+
+
+def test_the_start_of_a_run_looks_for_room(tmp_path, monkeypatch):
+    saver = mock.Mock()
+    monkeypatch.setattr("megatron_octo.train.hooks.save.Saver", lambda *_: saver)
+    state = mock.Mock(step=0)
+    state.run.timeout_minutes = 1.0
+    SaveCheckpoints().open(state)
+    saver.check_room.assert_called_once_with()

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from megatron_octo import config
 from megatron_octo.config.base import Strict
-from megatron_octo.config.check import check_run
+from megatron_octo.config.check import check_layout, check_run
 from megatron_octo.config.data import ProblemSet
+from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.load import apply_overrides, differences, dump_config, load_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
@@ -212,7 +213,7 @@ def test_every_mistake_of_a_file_is_shown_with_its_cure(tmp_path: Path) -> None:
     assert first == f"{tmp_path / 'run.yaml'}: 5 mistakes:"
     assert each[0] == "  - unknown key 'sed'; fix: did you mean 'seed'?"
     assert (
-        "  - model.layers = '20K'; it is a whole number; fix: only counts of tokens take a suffix: write 20000" in each
+        "  - model.layers = '20K'; it must be an integer; fix: only counts of tokens take a suffix: write 20000" in each
     )
     assert len(each) == 5 and all("; fix: " in line for line in each)
 
@@ -259,3 +260,9 @@ def test_token_counts() -> None:
             parse_tokens(bad)
     assert [format_tokens(count) for count in (999, 1_048_576, 20 * 10**9)] == ["999", "1.05M", "20B"]
     assert [format_duration(seconds) for seconds in (5, 75, 5400)] == ["5s", "1m15s", "1h30m"]
+
+
+def test_keys_and_values_that_cannot_be_shared_equally() -> None:
+    with pytest.raises(ConfigError, match="the 4 rows of keys and values"):
+        check_layout(run(model__hidden=16, model__kv_groups=1).model, ParallelConfig(tensor=8))
+    check_layout(run(model__hidden=32, model__kv_groups=1).model, ParallelConfig(tensor=8))

@@ -89,3 +89,10 @@ def test_where_a_thread_waits_is_said_with_the_collective_and_its_caller(store):
         assert place_of(sys._getframe()).collective == ""
     finally:
         dist.destroy_process_group()
+
+
+def test_no_thread_outlives_a_rank_that_has_done_its_work(store):
+    watchdog = rank(0, store)
+    assert {thread.name for thread in watchdog._threads} == {"watchdog", "heartbeat"}
+    leave(watchdog, None)
+    assert not any(thread.is_alive() for thread in watchdog._threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from typing import Any
 
@@ -76,10 +77,10 @@ class WatchNumbers(Hook):
 
 
 def _note_climb(memory: dict[str, Any], step: int) -> None:
-    """Keep the lowest mean loss, the first loss of all among them, and since when the loss is far above it."""
+    """Keep the lowest median loss, the first loss of all among them, and since when the loss is far above it."""
     if len(memory["losses"]) < EARLIEST:
         return
-    recent = math.fsum(memory["losses"][-EARLIEST:]) / EARLIEST
+    recent = statistics.median(memory["losses"][-EARLIEST:])  # which a single spike does not move
     lowest = memory["lowest"] = min(recent, memory.get("lowest", memory["losses"][0]))
     if recent <= climb_bound(lowest):
         memory.pop("climbed", None)
