@@ -26,7 +26,8 @@ _WORDS = {
     "validation": lambda value: f"validation {value:.4f}",
     "learning_rate": lambda value: f"lr {value:.3g}",
     "tokens_per_second": lambda value: f"{format_tokens(round(value))} tok/s",
-    "device_flops_per_second": lambda value: f"{format_flops(value)}FLOP/s",
+    "device_flops_per_second": lambda value: f"{format_flops(value)}FLOP/s each",
+    "step_so_far": lambda value: f"this step for {format_duration(value)}",
     "mfu": lambda value: f"MFU {value:.1%}",
 }
 
@@ -54,7 +55,7 @@ class Progress:
         self._bar: Any = None
         self._last_write = 0.0
         self._last_line = time.monotonic() + quiet - _SECONDS_BETWEEN_LINES
-        self._spoke = not quiet
+        self._spoke, self._last_told = not quiet, done
         self._facts: dict[str, Any] = {}
         self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
 
@@ -72,7 +73,7 @@ class Progress:
         self._write(force=True)
         if self._bar is not None:
             self._bar.stop()
-        if self.done > self._before and self._spoke:
+        if self.done != self._last_told and self._spoke:
             self._line(force=True)
 
     def advance(self, amount: float = 1, **facts: Any) -> None:
@@ -119,7 +120,7 @@ class Progress:
         now = time.monotonic()
         if not self._lines or (not force and now - self._last_line < _SECONDS_BETWEEN_LINES):
             return
-        self._last_line, self._spoke = now, True
+        self._last_line, self._last_told, self._spoke = now, self.done, True
         share = [f"{self.done / self.total:.1%}"] if self.total else []
         parts = [*share, *(text for text in self._columns().values() if text)]
         print(f"{time.strftime('%H:%M:%S')} {self.label}: {' · '.join(parts)}", file=sys.stderr, flush=True)
@@ -142,7 +143,9 @@ class Progress:
 def describe_facts(facts: dict[str, Any]) -> list[str]:
     """Facts of `Progress.advance` as people read them: known names in their units, others as they are."""
     return [
-        _WORDS.get(name, lambda value, name=name: f"{name} {_short(value)}")(value) for name, value in facts.items()
+        _WORDS.get(name, lambda value, name=name: f"{name} {_short(value)}")(value)
+        for name, value in facts.items()
+        if value is not None
     ]
 
 
@@ -164,12 +167,12 @@ def terminal_bar(console: Any = None) -> Any:
     from rich.table import Column
 
     return Progress(
-        TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True, max_width=24, overflow="ellipsis")),
         BarColumn(bar_width=None, table_column=Column(min_width=8, max_width=40, ratio=1)),
         TextColumn("{task.percentage:3.0f}%", table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[amount]}", table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[eta]}", style="cyan", table_column=Column(no_wrap=True)),
-        TextColumn("[dim]{task.fields[facts]}", table_column=Column(ratio=3)),
+        TextColumn("[dim]{task.fields[facts]}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
         console=console or Console(stderr=True), expand=True,
     )  # fmt: skip
 

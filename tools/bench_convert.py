@@ -33,32 +33,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_octo.config.model import ModelConfig
+
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9
 POLL_SECONDS = 0.02
 COPIES = 3.1
 """Directories of the model's size that exist at a time: the model, its checkpoint and what is being written."""
 
-_LLAMA_32 = {"vocab_size": 128256, "tie_word_embeddings": True, "factor": 32.0}
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "head_dim": 32, **_LLAMA_32, "vocab_size": 8000,
-    },
-    "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, **_LLAMA_32,
-    },
-    "3b": {
-        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-        "num_key_value_heads": 8, "head_dim": 128, **_LLAMA_32,
-    },
-    "8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, **_LLAMA_32, "tie_word_embeddings": False, "factor": 8.0,
-    },
-}  # fmt: skip
-"""Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B as their published config.json give them, and one for --quick."""
+SHAPES: dict[str, str | None] = {"tiny": None, "1b": "llama32_1b", "3b": "llama32_3b", "8b": "llama31_8b"}
+"""The recipes' Llamas by size, and one for --quick."""
+_TINY = {"layers": 4, "hidden": 256, "heads": 8, "kv_groups": 2, "ffn": 1024, "vocabulary": 8000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,38 +59,38 @@ class Cost:
 # -- the model
 
 
-def tensor_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def model_of(shape: str, layers: int | None = None) -> ModelConfig:
+    """The model of a size, with another number of layers if asked for."""
+    from megatron_octo.config.load import read_yaml
+    from megatron_octo.config.model import ModelConfig
+    from megatron_octo.config.recipes import RECIPES
+
+    recipe = SHAPES[shape]
+    sizes = read_yaml(RECIPES / "models" / f"{recipe}.yaml")["model"] if recipe else _TINY
+    return ModelConfig(**{**sizes, "layers": layers or sizes["layers"]})
+
+
+def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama's tensors, in the order in which they are stored."""
-    hidden, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
-    queries, pairs = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
-    layer = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (pairs, hidden),
-        "self_attn.v_proj": (pairs, hidden), "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape["vocab_size"], hidden)}
-    for number in range(shape["num_hidden_layers"]):
-        shapes |= {f"model.layers.{number}.{part}.weight": size for part, size in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not shape["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (shape["vocab_size"], hidden)
-    return shapes
+    from megatron_octo.convert.megatron_io import geometry
+    from megatron_octo.convert.tables import source_shapes, table_of
+
+    return source_shapes(table_of(model.family), geometry(model))
 
 
-def weight_bytes(shape: dict[str, Any]) -> int:
+def weight_bytes(model: ModelConfig) -> int:
     """Size of the weights in bfloat16."""
-    return 2 * sum(math.prod(size) for size in tensor_shapes(shape).values())
+    return 2 * sum(math.prod(size) for size in tensor_shapes(model).values())
 
 
-def make_model(out: Path, shape: dict[str, Any]) -> None:
+def make_model(out: Path, model: ModelConfig) -> None:
     """Write a random bfloat16 Llama as a Hugging Face directory: weights in shards, configuration, tokenizer."""
     from safetensors.torch import save_file
 
     from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     train_tokenizer(["Question: 12 apples and 7 pears.\nAnswer: 19 fruits in all.\n"], 400, out)
-    shapes = tensor_shapes(shape)
+    shapes = tensor_shapes(model)
     shards = list(_shards(shapes))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -113,9 +98,9 @@ def make_model(out: Path, shape: dict[str, Any]) -> None:
         save_file(_random_tensors({name: shapes[name] for name in names}, number), out / file, {"format": "pt"})
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = {"total_size": weight_bytes(shape)}
+        total = {"total_size": weight_bytes(model)}
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": total, "weight_map": index}))
-    (out / "config.json").write_text(json.dumps(_config(shape, out), indent=2))
+    (out / "config.json").write_text(json.dumps(_config(model, out), indent=2))
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -142,21 +127,13 @@ def _random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, 
     }
 
 
-def _config(shape: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+def _config(model: ModelConfig, tokenizer: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
+    from megatron_octo.model.hugging_face import to_hf_config
+
     tokens = AutoTokenizer.from_pretrained(str(tokenizer))
-    sizes = {name: value for name, value in shape.items() if name != "factor"}
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False,
-        "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3", "factor": shape["factor"], "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        **sizes,
-    }  # fmt: skip
+    return to_hf_config(model, "bfloat16", bos=tokens.bos_token_id, eos=tokens.eos_token_id)
 
 
 # -- what is measured: each runs in a process of its own
@@ -332,9 +309,8 @@ def main() -> None:
         return
     if args.rounds < 1 or (args.layers is not None and args.layers < 1):
         parser.error("--rounds and --layers are at least 1")
-    shape = dict(SHAPES["tiny" if args.quick else args.shape])
-    shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
-    size = weight_bytes(shape)
+    model = model_of("tiny" if args.quick else args.shape, args.layers)
+    size = weight_bytes(model)
     if not args.scratch.is_dir():
         parser.error(f"--scratch {args.scratch}: no such directory")
     free = shutil.disk_usage(args.scratch).free
@@ -344,7 +320,7 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory(prefix="bench_convert_", dir=args.scratch) as scratch:
         print(f"a Llama of {size / 2e9:.3f}B parameters, {size / GIB:.2f} GiB in bfloat16", flush=True)
-        make_model(Path(scratch) / "model", shape)
+        make_model(Path(scratch) / "model", model)
         costs = run_rounds(Path(scratch), 1 if args.quick else args.rounds, not args.skip_certificate)
     print(table(costs, size))
     print(f"load at the end {os.getloadavg()[0]:.2f}")

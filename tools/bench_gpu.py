@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from bench_convert import SHAPES
+from bench_convert import model_of
 from bench_train import machine, training, write_run
 
 SEQUENCE, STEPS = 8192, 200
@@ -43,20 +43,10 @@ ROWS = {f"{size}-{kind}": (size, changes) for size, (kind, changes) in product((
 """Name of a row -> its model and what its run file says about precision."""
 
 
-def model_of(shape: dict[str, Any]) -> dict[str, Any]:
-    """The model section of a run file, from the sizes of a published config.json."""
-    return {
-        "family": "llama", "layers": shape["num_hidden_layers"], "hidden": shape["hidden_size"],
-        "heads": shape["num_attention_heads"], "kv_groups": shape["num_key_value_heads"], "head_dim": shape["head_dim"],
-        "ffn": shape["intermediate_size"], "vocabulary": shape["vocab_size"],
-        "tied_embeddings": shape["tie_word_embeddings"], "rope_scaling": {"factor": shape["factor"]},
-    }  # fmt: skip
-
-
 def write_row(folder: Path, name: str, micro_batch: int, global_batch: int, recompute: str) -> Path:
     """Write the data and the run file of a row."""
     size, changes = ROWS[name]
-    shape = {"model": model_of(SHAPES[size]), "sequence": SEQUENCE, "batch": global_batch}
+    shape = {"model": model_of(size).model_dump(mode="json"), "sequence": SEQUENCE, "batch": global_batch}
     batch = {"global_batch": global_batch, "micro_batch": micro_batch}
     length = {"learning_rate": 1e-4, "tokens": STEPS * SEQUENCE * global_batch}
     settings = {"dtype": "bf16", "batch": batch, "recompute": {"kind": recompute}, "schedule": length, **changes}

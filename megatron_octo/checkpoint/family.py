@@ -204,11 +204,29 @@ def _read(path: Path) -> _Run:
         problem = error.what
     if (path / LINEAGE).is_file():
         lineage = read_json(path / LINEAGE)
-        if not isinstance(lineage, dict):
+        if not _is_lineage(lineage):
             lineage, problem = {}, f"{path / LINEAGE} cannot be read"
     records = [read_json(file) for file in sorted((path / FORKS).glob("*--*.json"))]
-    forks = [record for record in records if isinstance(record, dict)]
+    forks = [record for record in records if _is_place(record) and _is_text(record.get("out"))]
     return _Run(path, str(config.get("name", path.name)), config, lineage, forks, problem)
+
+
+def _is_lineage(value: Any) -> bool:
+    """Whether a damaged or foreign file has the form that is walked here."""
+    if not isinstance(value, dict) or not isinstance(value.get("carried") or {}, dict):
+        return False
+    above = value.get("ancestors") or []
+    if not isinstance(above, list) or not all(map(_is_place, above)):
+        return False
+    return all(map(_is_text, [value.get("parent"), *(one.get("path") for one in above)]))
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("run"), str) and isinstance(value.get("position"), int)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _member(run: _Run, asked: bool) -> Member:

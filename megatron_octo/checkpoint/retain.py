@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_octo.checkpoint.store import latest_checkpoint, read_facts, retire, sealed_checkpoints
+from megatron_octo.checkpoint.store import latest_checkpoint, retire, sealed_checkpoints, sealed_facts
 from megatron_octo.errors import CheckpointError
 from megatron_octo.schedule.fork import pinned_checkpoints
 
@@ -76,14 +76,16 @@ def prune(run_dir: Path, policy: Policy) -> list[str]:
     needed = {latest_checkpoint(run_dir).name} | pinned_checkpoints(run_dir)
     paths = {path.name: path for path in sealed_checkpoints(run_dir)}
     saved = [Saved(name, _tokens(path) if policy.keep_every else None) for name, path in paths.items()]
-    names = removable(saved, policy, needed)
-    for name in names:
-        retire(paths[name])
-    return names
+    removed = []
+    for name in removable(saved, policy, needed):
+        if name not in pinned_checkpoints(run_dir):  # a branch may have left while the one before was being removed
+            retire(paths[name])
+            removed.append(name)
+    return removed
 
 
 def _tokens(checkpoint: Path) -> int | None:
     try:
-        return int(read_facts(checkpoint)["run_tokens"])
+        return int(sealed_facts(checkpoint)["run_tokens"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -57,6 +58,16 @@ class Saver:
         self._group: Any = None
         if dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+    def check_room(self) -> None:
+        """See that a checkpoint fits before training for it; warn where those that are kept will not.
+
+        Collective over all ranks.
+
+        Raises:
+            EnvironmentProblem: the disk has not the room for one.
+        """
+        on_rank_zero(self._check_room, self._group)
 
     def save(self, facts: dict[str, Any], *, background: bool = False) -> None:
         """Save the state as it is now; an earlier save that still runs is waited for. Collective over all ranks.
@@ -122,6 +133,21 @@ class Saver:
                     store.remove_leftovers(self._run_dir)
             raise self._explain(error) from error
 
+    def _check_room(self) -> None:
+        free, each = shutil.disk_usage(self._run_dir).free, self._bytes * _MARGIN
+        if free < each:
+            raise self._disk_full()
+        # A new checkpoint stands beside those that are kept until it is sealed.
+        wanted = self._policy.keep + 1 - min(self._policy.keep, len(store.sealed_checkpoints(self._run_dir)))
+        if free < wanted * each:
+            print(
+                f"octo: warning: {self._run_dir}: {format_bytes(free)} free, but checkpoint.keep={self._policy.keep} "
+                f"and the one being written need {format_bytes(wanted * each)} more; "
+                "fix: free disk space or lower checkpoint.keep",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _begin(self, step: int) -> Path:
         if shutil.disk_usage(self._run_dir).free < self._bytes * _MARGIN:
             raise self._disk_full()
@@ -130,7 +156,11 @@ class Saver:
     def _publish(self, temporary: Path, facts: dict[str, Any], digests: dict[str, str]) -> None:
         store.write_facts(temporary, facts)
         store.publish(temporary, self._run_dir, facts["step"], digests)
-        prune(self._run_dir, self._policy)
+        try:
+            prune(self._run_dir, self._policy)
+        except OSError as error:  # what was to be saved is sealed and in charge
+            said = f"{error.filename or self._run_dir}: {error.strerror or error}"
+            print(f"octo: note: an old checkpoint stays, it cannot be removed ({said})", file=sys.stderr, flush=True)
 
     def _explain(self, error: OSError) -> OctoError:
         if error.errno in _FULL:
@@ -138,7 +168,7 @@ class Saver:
         mend = "raise the limit on open files (ulimit -n)" if error.errno in _FILES else "mend the file system"
         return EnvironmentProblem(
             f"{self._run_dir}: the checkpoint could not be written ({error.strerror or error})",
-            "the last checkpoint is untouched",
+            store.standing(self._run_dir),
             f"{mend} and start the same command again",
         )
 
@@ -147,7 +177,7 @@ class Saver:
         return EnvironmentProblem(
             f"{self._run_dir}: no space for a checkpoint of about {format_bytes(self._bytes)}, "
             f"{format_bytes(free)} ({free} bytes) free",
-            "the last checkpoint is untouched",
+            store.standing(self._run_dir),
             "free disk space or lower checkpoint.keep, then start the same command again",
         )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SEAL = "seal.json"
 _FORMAT = 2
 _THREADS = 8
+_ALTERED = "has been altered: its BLAKE3 differs from the sealed one"
 
 
 def seal(directory: Path, files: Iterable[str] | None = None, digests: Mapping[str, str] | None = None) -> None:
@@ -71,7 +72,22 @@ def _verify(directory: Location) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, found in zip(present, pool.map(lambda name: _entry(directory / name), present), strict=True):
             if found != expected[name]:
-                raise _broken(directory / name, "has been altered: its BLAKE3 differs from the sealed one")
+                raise _broken(directory / name, _ALTERED)
+
+
+def verify_file(directory: Location, name: str) -> None:
+    """Check one small file of a checkpoint against the seal, before what it says is acted on.
+
+    Raises:
+        CheckpointError: no seal, a damaged seal, or the file is missing, foreign or altered.
+    """
+    expected, path = _read_seal(directory).get(name), directory / name
+    if expected is None:
+        raise _broken(path, "is not part of the sealed checkpoint", "move it somewhere else")
+    if not path.is_file():
+        raise _broken(path, "is missing")
+    if _entry(path) != expected:
+        raise _broken(path, _ALTERED)
 
 
 def seal_digest(directory: Location) -> str:

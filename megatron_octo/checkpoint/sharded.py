@@ -7,15 +7,18 @@ order: in fp32, losses stay within 1e-6 of the uninterrupted run over the steps 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -30,10 +33,12 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_octo.checkpoint.dist import stored_names
+from megatron_octo.checkpoint.dist import read_metadata, stored_names
+from megatron_octo.checkpoint.layer_state import check_layer_states
 from megatron_octo.checkpoint.moments import places_without_gaps, values_as_they_are
-from megatron_octo.checkpoint.part import COMMON, Part, write_parts
+from megatron_octo.checkpoint.part import BACKEND, COMMON, VERSION, Part
 from megatron_octo.errors import CheckpointError
+from megatron_octo.files import read_json
 
 Chunks = list[torch.nn.Module]
 
@@ -70,15 +75,6 @@ class Sharder:
         return Part(sharded, common)
 
 
-def save_state(directory: Path, chunks: Chunks, optimizer: Any) -> None:
-    """Write model and optimizer state into an empty directory; collective over all ranks.
-
-    Raises:
-        OSError: a file could not be written, for example because the disk is full; raised on every rank.
-    """
-    write_parts(directory, Sharder(chunks, optimizer).part())
-
-
 def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool) -> None:
     """Read model weights and, if asked for, the optimizer's state; collective over all ranks.
 
@@ -89,11 +85,14 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
         moments: whether to read Adam's moments, step count and the fp32 master weights.
 
     Raises:
-        CheckpointError: a tensor is absent or has another shape than the model's, or what is stored names code.
+        CheckpointError: a tensor is absent, has another shape than the model's or no place in it, or what is stored
+            names code.
     """
+    _check_format(directory)
     _check_common(directory)
     wanted = _describe(chunks, optimizer if moments else None, loading=True)
     _drop_absent_objects(wanted, stored_names(directory))
+    _check_all_have_a_place(directory, wanted)
     reader: Any = get_default_load_sharded_strategy(str(directory))
     if _data_ranks() > 1:
         reader = FullyParallelLoadStrategyWrapper(reader, _data_group())
@@ -103,7 +102,7 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
     except (CheckpointingException, CheckpointException, KeyError) as error:
         raise _does_not_fit(directory, error) from error
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_chunk_key(index)], strict=False)
+        _give(directory, chunk, loaded[_chunk_key(index)])
     rounded = any(is_float8tensor(weight) for chunk in chunks for weight in chunk.parameters())
     if moments:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -112,6 +111,29 @@ def load_state(directory: Path, chunks: Chunks, optimizer: Any, *, moments: bool
     else:
         # A model that keeps its weights in FP8 has rounded what it was given: masters come from what was read.
         optimizer.reload_model_params(loaded if rounded else None)
+
+
+def _check_all_have_a_place(directory: Path, wanted: dict[str, Any]) -> None:
+    """Refuse weights that no rank asks for: megatron-core would leave them out without a word."""
+    places = [item.key for item in nested_values(wanted) if isinstance(item, ShardedTensor | ShardedTensorFactory)]
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, places)
+    if left := sorted(read_metadata(directory).keys() - {key for keys in of_ranks for key in keys}):
+        raise CheckpointError(
+            f"{directory}: holds {len(left)} tensor{'s' * (len(left) > 1)} that this model has no place for: "
+            f"{', '.join(left[:3])}{', ...' * (len(left) > 3)}",
+            "a checkpoint loads into the model it was saved from, in any layout",
+            "compare `octo convert show` with the model section of the run",
+        )
+
+
+def _give(directory: Path, chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Give a model chunk what was read; its layers would unpickle their own part of it."""
+    try:
+        check_layer_states(state)
+    except pickle.UnpicklingError as error:
+        raise _not_trusted(directory, str(error)) from None
+    chunk.load_state_dict(state, strict=False)
 
 
 def cast_from_masters(optimizer: Any) -> None:
@@ -130,6 +152,18 @@ def cast_from_masters(optimizer: Any) -> None:
                 chunk.start_param_sync()
 
 
+def _check_format(directory: Path) -> None:
+    """Refuse a checkpoint of another format; megatron-core would look for who reads it, and fail in many ways."""
+    path = directory / CONFIG_FNAME
+    found, known = read_json(path), asdict(CheckpointingConfig(BACKEND, VERSION))
+    if found != known:
+        raise CheckpointError(
+            f"{path}: {'no JSON here' if found is None else f'format {str(found)[:80]}'}",
+            f"the trainer reads {known['sharded_backend']} of version {known['sharded_backend_version']}",
+            "restore the file from a copy, or use another checkpoint",
+        )
+
+
 def _check_common(directory: Path) -> None:
     """Refuse common state that names code. megatron-core leaves that to torch, and torch to the environment."""
     path = directory / COMMON
@@ -139,7 +173,7 @@ def _check_common(directory: Path) -> None:
         raise
     except Exception as error:  # a damaged pickle fails in every way there is
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: cannot be trusted ({type(error).__name__}: {reason})", _NO_CODE) from None
+        raise _not_trusted(path, f"{type(error).__name__}: {reason}") from None
 
 
 @contextmanager
@@ -218,6 +252,10 @@ def _data_ranks() -> int:
 
 def _data_rank() -> int:
     return torch.distributed.get_rank(_data_group())
+
+
+def _not_trusted(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be trusted ({reason})", _NO_CODE)
 
 
 def _does_not_fit(directory: Path, error: BaseException) -> CheckpointError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.checkpoint.seal import SEAL, seal
+from megatron_octo.checkpoint.seal import SEAL, seal, verify_file
 from megatron_octo.errors import CheckpointError
 from megatron_octo.files import flush_to_disk, write_text
 
@@ -60,9 +61,37 @@ def latest_checkpoint(run_dir: Path) -> Path:
             return path
     said = "is empty" if not name else f"names {name[:40]!r}, which is not a sealed checkpoint here"
     names = ", ".join(path.name for path in sealed) or "none"
-    raise CheckpointError(
-        f"{pointer}: {said}", f"sealed checkpoints: {names}", f"write one of these names into {POINTER}"
-    )
+    fix = f"write one of these names into {POINTER}"
+    if not sealed:
+        fix = f"restore {run_dir / CHECKPOINTS}, or remove {POINTER} to begin anew"
+    raise CheckpointError(f"{pointer}: {said}", f"sealed checkpoints: {names}", fix)
+
+
+def standing(run_dir: Path) -> str:
+    """What a run still has when something fails, for messages: its newest sealed checkpoint, or nothing."""
+    sealed = sealed_checkpoints(run_dir)
+    return f"{CHECKPOINTS}/{sealed[-1].name} is untouched" if sealed else "nothing had been saved before"
+
+
+@contextmanager
+def naming_older(checkpoint: Path) -> Iterator[None]:
+    """Let an error about the checkpoint a run goes on from name the sealed ones before it.
+
+    Which of them to trust is the user's choice: a run never goes back further than it was told to.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        run_dir = checkpoint.parent.parent
+        older = [path.name for path in sealed_checkpoints(run_dir) if path.name < checkpoint.name]
+        if not older:
+            raise
+        raise CheckpointError(
+            error.what,
+            error.rule,
+            f"restore the file from a copy; or go back to {older[-1]} (sealed before it: {', '.join(older)}): "
+            f"echo {older[-1]} > {run_dir / POINTER}, then start the same command again",
+        ) from None
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -105,6 +134,17 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
+def sealed_facts(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's `run.json`, having checked it against the seal: a run is cut and pruned by what it says.
+
+    Raises:
+        CheckpointError: no seal, or the file is missing, altered or not JSON.
+    """
+    if (checkpoint / FACTS).is_file():
+        verify_file(checkpoint, FACTS)
+    return read_facts(checkpoint)
+
+
 def checkpoint_at(run_dir: Path, position: int | None) -> Path:
     """The sealed checkpoint a branch leaves from.
 
@@ -122,7 +162,7 @@ def checkpoint_at(run_dir: Path, position: int | None) -> Path:
         return latest_checkpoint(run_dir)
     available = []
     for path in sealed_checkpoints(run_dir):
-        facts = read_facts(path)
+        facts = sealed_facts(path)
         per_step = facts["run_tokens"] // max(1, facts["step"])
         if position <= facts["tokens"] < position + max(1, per_step):
             return path

@@ -22,15 +22,17 @@ def on_rank_zero(action: Callable[[], Answer], group: Any = None) -> Answer:
     Raises:
         OctoError: as raised on rank 0.
         OSError: as raised on rank 0.
+        RuntimeError: rank 0 raised something else; raised on every rank.
     """
+    if dist.get_world_size() == 1:
+        return action()
     verdict: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             verdict[0] = action()
-        except (OctoError, OSError) as error:
-            verdict[1] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(verdict, src=0, group=group)
+        except Exception as error:
+            verdict[1] = _that_can_travel(error)
+    dist.broadcast_object_list(verdict, src=0, group=group)
     if verdict[1] is not None:
         raise verdict[1]
     return verdict[0]
@@ -53,10 +55,8 @@ def on_all_ranks(action: Callable[[], Answer], group: Any = None) -> list[Answer
     """
     try:
         outcome = (action(), None)
-    except (OctoError, OSError) as error:
-        outcome = (None, error)
-    except Exception as error:  # not all exceptions can travel
-        outcome = (None, RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}"))
+    except Exception as error:
+        outcome = (None, _that_can_travel(error))
     outcomes: list[Any] = [outcome]
     if dist.get_world_size() > 1:
         outcomes = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
@@ -68,3 +68,12 @@ def on_all_ranks(action: Callable[[], Answer], group: Any = None) -> list[Answer
     if verdict[0] is not None:
         raise verdict[0]
     return [answer for answer, _ in outcomes]
+
+
+def _that_can_travel(error: Exception) -> Exception:
+    """Not all exceptions do: one that nobody expected becomes one that has its cause and says where it was."""
+    if isinstance(error, OctoError | OSError):
+        return error
+    known = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    known.__cause__ = error
+    return known

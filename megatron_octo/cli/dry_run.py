@@ -40,9 +40,9 @@ def _summary(facts: dict[str, Any]) -> Any:
 
     parameters, saved = facts["parameters"], facts["checkpoints"]
     padding = f" + {parameters['padding']:,} of padding" if parameters["padding"] else ""
-    table = Table.grid(padding=(0, 2))
+    table, count = Table.grid(padding=(0, 2)), facts["processes"]
     for name, value in {
-        "run": f"{facts['run']}: {facts['layout']}, {facts['processes']} processes",
+        "run": f"{facts['run']}: {facts['layout']}" + (f", {count} processes" if count > 1 else ""),
         "start": facts["start"],
         "parameters": f"{parameters['published']:,}{padding}; {parameters['heaviest_rank']:,} on the heaviest rank",
         "FLOPs per token": f"{facts['flops_per_token']:.4g}; {facts['flops_per_token'] * facts['tokens']:.3g} in all",

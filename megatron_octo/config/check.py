@@ -49,6 +49,14 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             "each tensor-parallel rank holds whole KV groups, or shares one with as many ranks as every other",
             f"choose parallel.tensor among {_divisors(math.gcd(model.heads, model.ffn))} that is one of the two",
         )
+    kv_width = 2 * model.kv_groups * model.dim
+    if kv_width % tensor:
+        raise ConfigError(
+            f"parallel.tensor = {tensor} does not divide the {kv_width} rows of keys and values "
+            f"(2 x model.kv_groups {model.kv_groups} x head dimension {model.dim})",
+            "query, key and value weights lie in one matrix, of which each tensor-parallel rank holds an equal share",
+            f"choose parallel.tensor among {_divisors(math.gcd(model.heads, kv_width))}",
+        )
     if VOCABULARY_MULTIPLE % tensor:
         raise ConfigError(
             f"parallel.tensor = {tensor} does not divide {VOCABULARY_MULTIPLE}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_octo.config.recipes import packaged
 from megatron_octo.errors import ConfigError
 from megatron_octo.files import write_text
+from megatron_octo.units import parse_tokens
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -41,7 +43,7 @@ def parse_config(kind: type[Config], values: dict[str, Any], where: str) -> Conf
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _explain(kind, error, where) from None
+        raise _explain(kind, error, values, where) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -92,7 +94,8 @@ class _OnceEach(yaml.SafeLoader):
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)  # noqa: S506 - a SafeLoader
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _OnceEach)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", fix="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -154,22 +157,52 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
 
 
-def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
-    problems = error.errors(include_url=False)
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _keys_at(kind, first["loc"][:-1]), n=1, cutoff=0.4)
-        fix = f"did you mean '{near[0]}'?" if near else "remove it"
-        return ConfigError(f"{where}: unknown key '{field}'", fix=fix)
-    if first["type"] == "missing":
-        return ConfigError(f"{where}: key '{field}' is missing", fix="add it")
-    message = first["msg"].removeprefix("Value error, ")
+def _explain(kind: type[BaseModel], error: ValidationError, values: Any, where: str) -> ConfigError:
+    """Every mistake of a file in one error, unknown keys first: one of them is often why another is missing."""
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    each = {_place(problem["loc"], values): problem for problem in reversed(problems)}  # of alternatives, the first
+    guessed = {_guess(kind, problem["loc"]) for problem in problems if problem["type"] == "extra_forbidden"}
+    told = [one for one in reversed(each.values()) if one["type"] != "missing" or one["loc"] not in guessed]
+    found = [_explain_one(kind, problem) for problem in told]
+    if len(found) == 1:
+        return ConfigError(f"{where}: {found[0].what}", found[0].rule, found[0].fix)
+    return ConfigError(f"{where}: {len(found)} mistakes:" + "".join(f"\n  - {one}" for one in found))
+
+
+def _place(location: tuple[Any, ...], values: Any) -> tuple[Any, ...]:
+    """The part of a location that the file has, and one key more; the rest names alternatives of a type."""
+    for depth, part in enumerate(location):
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return location[:depth] if not isinstance(values, dict) else location[: depth + 1]
+    return location
+
+
+def _explain_one(kind: type[BaseModel], problem: Any) -> ConfigError:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        guess = _guess(kind, problem["loc"])
+        fix = f"did you mean '{guess[-1]}'?" if guess else "remove it"
+        return ConfigError(f"unknown key '{field}'", fix=fix)
+    if problem["type"] == "missing":
+        return ConfigError(f"key '{field}' is missing", fix="add it")
+    message = problem["msg"].removeprefix("Value error, ")
     if not field:
-        return ConfigError(f"{where}: {message}", fix="change one of them")
-    value = "" if isinstance(first["input"], (dict, list)) else f" = {first['input']!r}"
-    fix = f"change '{field}'" if first["type"] == "value_error" else f"give '{field}' such a value"
-    return ConfigError(f"{where}: {field}{value}", message, fix)
+        return ConfigError(message, fix="change one of them")
+    value = "" if isinstance(problem["input"], (dict, list)) else f" = {problem['input']!r}"
+    fix = f"change '{field}'" if problem["type"] == "value_error" else f"give '{field}' such a value"
+    if problem["type"].startswith("int_"):
+        message = "it must be an integer"
+        with suppress(ValueError):
+            fix = f"only counts of tokens take a suffix: write {parse_tokens(problem['input'])}"
+    return ConfigError(f"{field}{value}", message, fix)
+
+
+def _guess(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Where a misspelt key was meant to stand."""
+    near = difflib.get_close_matches(str(location[-1]), _keys_at(kind, location[:-1]), n=1, cutoff=0.4)
+    return (*location[:-1], near[0]) if near else None
 
 
 def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:

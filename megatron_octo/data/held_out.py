@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.index.digest import stray_token
 from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.mixture import windows_per_epoch
 from megatron_octo.errors import DataError
@@ -39,10 +40,9 @@ class HeldOut:
                 "hold out more text, or drop the source from validation.sources",
             )
 
-    @property
-    def largest_token(self) -> int:
-        """The highest token that a loss over these windows meets."""
-        return int(self._tokens[: self.count * self._length + 1].max())
+    def stray_token(self, vocabulary: int) -> int | None:
+        """A token that a loss over these windows meets and the model has no row for; None if there is none."""
+        return stray_token(self._tokens[: self.count * self._length + 1], vocabulary)
 
     def __getitem__(self, window: int) -> dict[str, Any]:
         import torch
@@ -74,10 +74,9 @@ def open_held_out(run: RunConfig) -> tuple[dict[str, HeldOut], list[str]]:
             source = HeldOut(prefix, run.data.sequence_length, wanted.windows)
         except DataError as error:
             raise DataError(f"validation.sources.{name}: {error.what}", error.rule, error.fix) from None
-        if source.largest_token >= run.model.vocabulary:
+        if (stray := source.stray_token(run.model.vocabulary)) is not None:
             raise DataError(
-                f"validation.sources.{name} ({prefix}) holds token {source.largest_token}, "
-                f"model.vocabulary is {run.model.vocabulary}",
+                f"validation.sources.{name} ({prefix}) holds token {stray}, model.vocabulary is {run.model.vocabulary}",
                 "every token needs a row of the embedding",
                 "build the data with this model's tokenizer",
             )

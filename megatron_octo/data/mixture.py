@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_octo.config.run import DataConfig
+from megatron_octo.data.index.digest import stray_token
 from megatron_octo.data.index.encode import vocabulary_of
 from megatron_octo.data.index.pairs import Index, bin_path, read_index
 from megatron_octo.errors import DataError, EnvironmentProblem
@@ -108,24 +109,18 @@ def check_tokens(prefix: Path, field: str, vocabulary: int) -> bool:
         Whether its tokens were looked at: those of files above 256 MiB are checked as they are read (train.data).
 
     Raises:
-        DataError: it holds a larger token.
+        DataError: it holds a larger token, or one below 0.
     """
     if bin_path(prefix).stat().st_size > _SCANNED:
         return False
-    largest = largest_token(prefix)
-    if largest >= vocabulary:
+    stray = stray_token(read_index(prefix).all_tokens(), vocabulary)
+    if stray is not None:
         raise DataError(
-            f"{field} ({prefix}) holds token {largest}, model.vocabulary is {vocabulary}",
+            f"{field} ({prefix}) holds token {stray}, model.vocabulary is {vocabulary}",
             "every token needs a row of the embedding",
             "build the data with this model's tokenizer; if it was, the file is damaged: build it again",
         )
     return True
-
-
-def largest_token(prefix: Path) -> int:
-    """Largest token of an indexed dataset, read from the tokens themselves; -1 if there are none."""
-    tokens = read_index(prefix).all_tokens()
-    return int(tokens.max()) if len(tokens) else -1
 
 
 def compiled_helper() -> Any:

@@ -69,8 +69,8 @@ class TrainDataset(Dataset[dict[str, Any]]):
         return {"dataset_id": dataset, **self._datasets[dataset][number]}
 
     @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the index of each source: another dataset under the same path has another order."""
+    def digests(self) -> dict[str, dict[str, str]]:
+        """What tells each source from another dataset under the same path; see `content_digest`."""
         return {name: source.digest for name, source in self.sources.items()}
 
     def window(self, window: int) -> Window:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.index.pairs import Index, idx_path
+from megatron_octo.data.index.digest import content_digest, spot_digest
+from megatron_octo.data.index.pairs import Index
 from megatron_octo.data.mixture import compiled_helper, windows_per_epoch
 from megatron_octo.errors import DataError
-from megatron_octo.files import flush_to_disk, hash_file, hash_json, write_json
+from megatron_octo.files import flush_to_disk, hash_json, write_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing GPU kernels, which reading data does not need
@@ -28,7 +29,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-_LAYOUT = 2  # of the cached directory; raised when its meaning changes
+_LAYOUT = 3  # of the cached directory; raised when its meaning changes
 _ARRAYS = ("document_index", "sample_index", "shuffle_index")
 _ORDER = "order.json"
 
@@ -38,6 +39,7 @@ class _NoTokenizer:
 
     vocab_size = None
     eod = -2  # no token, and not Megatron's own 'no padding' mark -1 either
+    pad = -(2**62)  # a damaged file may hold -1, which Megatron's mark would turn into a 0 that no loss counts
     unique_identifiers = {"class": "none"}
 
 
@@ -54,8 +56,8 @@ class SourceDataset(gpt_dataset.GPTDataset):
 
     def __init__(self, index: Index, sequence_length: int, epochs: int, seed: int, cache: Path) -> None:
         self._index, self._epochs, self._cache = index, epochs, cache
-        self.digest = hash_file(idx_path(index.prefix))
-        """SHA-256 of the index: the lengths of all documents, which the order of windows follows from."""
+        self.digest = content_digest(index)
+        """Of the lengths of all documents, which the order of windows follows from, and of tokens from all over."""
         self.windows = windows_per_epoch(index.tokens, sequence_length)
         config = gpt_dataset.GPTDatasetConfig(
             random_seed=seed,
@@ -95,7 +97,7 @@ class SourceDataset(gpt_dataset.GPTDataset):
         """Everything the cached arrays follow from, the document lengths included; it names and marks them."""
         return {
             "layout": _LAYOUT,
-            "index": self.digest,
+            "index": self.digest["index"],
             "sequence_length": self.config.sequence_length,
             "epochs": self._epochs,
             "seed": self.config.random_seed,
@@ -132,7 +134,8 @@ def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Pa
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
             flush_to_disk(temporary / f"{name}.npy")
-        write_json(temporary / _ORDER, order)
+        digests = {name: spot_digest(temporary / f"{name}.npy") for name in arrays}
+        write_json(temporary / _ORDER, {**order, "arrays": digests})
         os.rename(temporary, directory)
     except OSError:
         if not directory.is_dir():
@@ -142,11 +145,15 @@ def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Pa
 
 
 def _load(order: dict[str, Any], directory: Path) -> tuple[Any, ...]:
-    """Open cached arrays, having seen that they are of this order and not, say, of another seed."""
+    """Open cached arrays, having seen that they are of this order and not, say, of another seed, or copied in part."""
     try:
         found = json.loads((directory / _ORDER).read_text(encoding="utf-8"))
+        digests = found.pop("arrays", {}) if isinstance(found, dict) else {}
         if found != order:
             raise ValueError(f"it holds the order {found}, not {order}")
+        altered = [name for name in _ARRAYS if spot_digest(directory / f"{name}.npy") != digests.get(name)]
+        if altered:
+            raise ValueError(f"{altered[0]}.npy is not as it was written")
         return tuple(np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(

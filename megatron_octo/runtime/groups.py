@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.errors import ConfigError, EnvironmentProblem
 from megatron_octo.runtime import cpu_twin
+from megatron_octo.runtime.launch import LISTENER
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,9 @@ def _join_world(timeout: timedelta) -> None:
         )
     meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
+        server = _take_over_listener(timeout)
         _start(timeout)
+        del server  # the world's own store has joined it
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EnvironmentProblem(
@@ -157,6 +160,24 @@ def _join_world(timeout: timedelta) -> None:
             "rank 0 listens there, all others call it",
             "choose a free port that every process can reach",
         ) from None
+
+
+def _take_over_listener(timeout: timedelta) -> object:
+    """Serve the meeting place on the socket our launcher handed to rank 0; the store that torch makes there joins."""
+    import torch.distributed as dist
+
+    descriptor = os.environ.pop(LISTENER, None)
+    if descriptor is None:
+        return None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=int(descriptor),
+    )
 
 
 def _start(timeout: timedelta, **where: object) -> None:

@@ -24,6 +24,9 @@ from megatron_octo.runtime.stop import LOST
 ERROR_PREFIX = "octo: error:"
 """Start of the one line a rank prints for a mistake of the user."""
 
+LISTENER = "OCTO_LISTENER"
+"""Environment of rank 0: the descriptor of a socket that already listens where the ranks are to meet."""
+
 _POLL_SECONDS = 0.05
 _FAILURE_GRACE_SECONDS = 3.0
 _SETTLE_SECONDS = 3.0
@@ -100,14 +103,17 @@ def launch(
         EnvironmentProblem: the given port is in use.
         StageFailed: a rank failed, or this process was told to stop. Its `exit_code` is the rank's.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port(port)), "WORLD_SIZE": str(nproc)}
-    shared = {**os.environ, **_thread_settings(threads, nproc), **_loopback(), **address, **(environment or {})}
+    shared = {**os.environ, **_thread_settings(threads, nproc), **_loopback(), "WORLD_SIZE": str(nproc)}
     log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
     with _stop_signals() as stopped:
         try:
-            for number in range(nproc):
-                ranks.append(_start(number, [sys.executable, "-m", module, *arguments], log_dir, shared))
+            with _listen(port) as listener:
+                shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+                shared |= environment or {}
+                for number in range(nproc):
+                    command = [sys.executable, "-m", module, *arguments]
+                    ranks.append(_start(number, command, log_dir, shared, listener if number == 0 else None))
             while _running(ranks) and not _failed(ranks) and not stopped:
                 (watch or _nothing)()
                 time.sleep(_POLL_SECONDS)
@@ -118,16 +124,21 @@ def launch(
             _end(ranks)
 
 
-def _start(number: int, command: list[str], log_dir: Path, shared: dict[str, str]) -> _Rank:
+def _start(
+    number: int, command: list[str], log_dir: Path, shared: dict[str, str], listener: socket.socket | None
+) -> _Rank:
     log = log_dir / f"log-rank{number}.txt"
     own = {**shared, "RANK": str(number), "LOCAL_RANK": str(number), "PYTHONUNBUFFERED": "1"}
+    handed = () if listener is None else (listener.fileno(),)
+    if listener is not None:
+        own[LISTENER] = str(listener.fileno())
     with log.open("ab") as file:
         start = file.tell()
-        process = _spawn(command, file, own)
+        process = _spawn(command, file, own, handed)
     return _Rank(number, process, log, start)
 
 
-def _spawn(command: list[str], log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen:
+def _spawn(command: list[str], log: BinaryIO, environment: dict[str, str], handed: tuple[int, ...]) -> subprocess.Popen:
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -136,6 +147,7 @@ def _spawn(command: list[str], log: BinaryIO, environment: dict[str, str]) -> su
         env=environment,
         start_new_session=True,
         preexec_fn=die_with_parent(),
+        pass_fds=handed,
     )
 
 
@@ -184,8 +196,11 @@ def _stop(ranks: list[_Rank], number: int, grace: float, stopped_code: int | Non
         as_told = (stopped_code, -signal.SIGTERM, -signal.SIGKILL)
         _raise_failure([rank for rank in ranks if rank.process.returncode not in as_told])
     took = f"{time.monotonic() - began:.1f} s (grace {grace:g} s)"
+    told = [rank for rank in ranks if rank.process.returncode == stopped_code]
+    said = next((line for rank in told if (line := rank.error_line())), None)  # where it stands, and what is saved
     error = StageFailed(
-        f"stopped by {signal.Signals(number).name} within {took}", fix="start the same command again to go on"
+        said or f"stopped by {signal.Signals(number).name} within {took}",
+        fix="" if said else "start the same command again to go on",
     )
     codes = {rank.process.returncode for rank in ranks}
     # Ranks may have a code of their own for having stopped well; a shell's convention otherwise.
@@ -213,7 +228,9 @@ def _explain(rank: _Rank) -> OctoError:
         error = StageFailed(line)
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        error = StageFailed(f"rank {rank.number} {how}", said[-1] if said else "it wrote nothing", f"see {rank.log}")
+        killed = "the kernel does this where memory runs out (dmesg tells); the same command goes on"
+        fix = killed if code == -signal.SIGKILL else f"see {rank.log}"
+        error = StageFailed(f"rank {rank.number} {how}", said[-1] if said else "it wrote nothing", fix)
     error.exit_code = 128 - code if code < 0 else code
     return error
 
@@ -249,16 +266,19 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _free_port(wanted: int | None) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted or 0))
-        except (OSError, OverflowError) as error:
-            raise EnvironmentProblem(
-                f"port {wanted} cannot be used ({error})", "rank 0 listens on it", "choose another, or leave it out"
-            ) from None
-        return probe.getsockname()[1]
+def _listen(wanted: int | None) -> socket.socket:
+    """A socket that listens from now on, for rank 0 to take over: a port only looked up may be another's by then."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", wanted or 0))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise EnvironmentProblem(
+            f"port {wanted} cannot be used ({error})", "rank 0 listens on it", "choose another, or leave it out"
+        ) from None
+    return listener
 
 
 def _thread_settings(threads: int | None, nproc: int) -> dict[str, str]:

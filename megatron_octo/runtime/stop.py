@@ -26,12 +26,12 @@ EXIT_CODES = f"""exit codes:
    0  the run, or the leg asked for, is done
    1  a bug of this program; its traceback is in log-rank*.txt
    2  the configuration    3  the data    4  the checkpoint
-   6  the machine: disk, port, GPU, a package
+   6  the machine: disk, port, GPU, a package; or another process trains in the same `out`
    7  the run failed: numbers that stay bad, weights that change by themselves
-  {STOPPED}  stopped by SIGTERM or SIGINT, within stop_grace_seconds; steps taken are saved
+  {STOPPED}  stopped by SIGTERM or SIGINT, within stop_grace_seconds; steps taken, if any were, are saved
   {LOST}  a rank hung or was lost; it is named, with the last collective
  137  a rank was killed (128 + signal)
-Whatever the code, the last sealed checkpoint is whole: the same command goes on from it."""
+Whatever the code, a checkpoint that was sealed is whole: the same command goes on from the last one."""
 """For `--help`."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -39,7 +39,7 @@ _OWN_SHARE = 0.9  # of the grace: whoever sent the signal kills at its end
 
 
 class RankLost(StageFailed):
-    """Another rank hung, died, or is somewhere else in the program; the last checkpoint is untouched.
+    """Another rank hung, died, or is somewhere else in the program; what was sealed is untouched.
 
     `in_its_words`: that rank itself has said which error it ended with.
     """
@@ -114,7 +114,8 @@ class StopSignals:
             ask: called once, from a signal handler or another thread, when a signal is received.
             grace: seconds from the signal to the end of the process.
         """
-        self._ask, self._grace = ask, grace
+        self._grace = grace  # first: a signal that finds `_ask` finds its grace
+        self._ask = ask
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._receive(number)
@@ -124,7 +125,7 @@ class StopSignals:
             return
         self._received = (number, time.monotonic())
         if self._ask is None:
-            _leave(f"octo: stopped by {self.told} before the first step; start the same command again to go on")
+            _leave(f"octo: error: stopped by {self.told} before a step was taken; fix: start the same command again")
         self._ask()
 
     def _attend(self, awake: int) -> None:
@@ -145,7 +146,7 @@ class StopSignals:
         faulthandler.dump_traceback(sys.stderr)
         _leave(
             f"octo: error: rank {os.environ.get('RANK', '0')}: {self.told} {self.seconds:.1f} s ago, and the step "
-            f"or save at hand is not over (stop_grace_seconds {self._grace:g}); the last sealed checkpoint counts; "
+            f"or save at hand is not over (stop_grace_seconds {self._grace:g}); what was sealed before counts; "
             "fix: start the same command again; raise stop_grace_seconds together with the grace of whoever sends the "
             "signal, or let steps be shorter"
         )
@@ -159,7 +160,9 @@ def nothing_to_save() -> Iterator[None]:
         return
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        raise Stopped(f"stopped by {signal.Signals(number).name} before the start", fix="start the same command again")
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name} before a step was taken", fix="start the same command again"
+        )
 
     before = {number: signal.signal(number, leave) for number in _SIGNALS}
     try:

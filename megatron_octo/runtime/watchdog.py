@@ -30,6 +30,7 @@ GROUP_PATIENCE = 1.2
 """Process groups wait this many times `timeout_minutes`, so that the watchdog speaks before they break off."""
 
 _PERIOD, _SHORTEST_PERIOD, _PERIODS = 5.0, 0.2, 40  # seconds between beats, and beats within the time out
+_JOINED = 2.0  # seconds that a thread may take to end
 _LINGER = 3.0  # seconds for which the rank that holds the store waits until others have read what it says
 _HURRY = 0.1  # seconds between beats of a rank that is about to end
 _MISSED = 4  # beats without which a rank counts as silent
@@ -41,9 +42,9 @@ _BROKEN = re.compile(
 class Watchdog:
     """Watches the thread that enters it, on each rank; a context manager around all that ranks do together.
 
-    When the watched thread has stood in one place for `timeout` seconds, the process prints who is to blame, dumps the
-    stacks of all its threads, and ends with exit code 76. An error of a collective inside the context (a connection
-    lost, a time-out of the process group) becomes a `RankLost` that says the same.
+    When the watched thread has stood in one place of one stage for `timeout` seconds, the process prints who is to
+    blame, dumps the stacks of all its threads, and ends with exit code 76. An error of a collective inside the context
+    (a connection lost, a time-out of the process group) becomes a `RankLost` that says the same.
 
     Args:
         rank: of this process.
@@ -70,9 +71,10 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._watched = threading.get_ident()
-        if self._world > 1:
-            threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
-        threading.Thread(target=self._keep_watching, name="watchdog", daemon=True).start()
+        work = {"watchdog": self._keep_watching} | ({"heartbeat": self._keep_beating} if self._world > 1 else {})
+        self._threads = [threading.Thread(target=act, name=name, daemon=True) for name, act in work.items()]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -84,6 +86,10 @@ class Watchdog:
                 self._part(error)
         finally:
             self._end.set()
+            # An interpreter that ends while a thread is inside the store aborts, with all work done. There is a limit,
+            # for the store may hold a thread up for ever.
+            for thread in self._threads:
+                thread.join(_JOINED)
 
     def follow(self, stage: Callable[[], str]) -> None:
         """Let messages say how far the run is: `stage` answers in words, from any thread."""
@@ -107,7 +113,7 @@ class Watchdog:
             frame, now = sys._current_frames().get(self._watched), time.monotonic()
             if frame is None:
                 return
-            found = _signature(frame)
+            found = (self._stage(), _signature(frame))  # steps that spend all their time in one place are no hang
             suspended = now - looked > 3 * self._period + 1.0  # this process itself was stopped for a while
             looked = now
             if found != signature or suspended:
@@ -208,7 +214,7 @@ class Watchdog:
             blame,
             f"rank {self._rank} {how} in {self._stage()}, {self._place.text or 'set-up'}; timeout_minutes is "
             f"{self._timeout / 60:g}",
-            "start the same command again, without that machine if it happens twice; the last checkpoint is untouched; "
+            "start the same command again, without that machine if it happens twice; what was sealed is untouched; "
             "stacks are in log-rank*.txt",
         )
         lost.in_its_words = blame.startswith(f"rank {self._confessor} ")

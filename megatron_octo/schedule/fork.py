@@ -124,7 +124,7 @@ def seam_rate(branch: ScheduleConfig, parent: ScheduleConfig, run_tokens: int, n
         f"branch '{name}' starts at learning rate {after:.10g}, but its parent '{parent_name}' is at "
         f"{before:.10g} where it forks ({run_tokens} tokens)",
         "the learning rate is continuous at a fork",
-        f"leave schedule.learning_rate out, or set it to {before!r}; and set schedule.warmup to 0",
+        f"leave schedule.learning_rate out, or set it to {before:.10g}; and set schedule.warmup to 0",
     )
 
 

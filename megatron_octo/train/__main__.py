@@ -30,9 +30,12 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
         from megatron_octo.train.api import load_run
 
         run = load_run(options.run, options.overrides)
+        from megatron_octo.train.describe import describe_end
         from megatron_octo.train.loop import train
 
-        train(run, options.until, signals)
+        state = train(run, options.until, signals)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"octo: {describe_end(state.run, state.step, options.until, trained=True)}", flush=True)
     except OctoError as error:
         # A launcher that ends the others of a failed rank sends them a signal too: then the failure is the news.
         only_lost = isinstance(error, RankLost) and not error.in_its_words
@@ -50,7 +53,7 @@ def _stopped(signals: StopSignals) -> Stopped:
     """What an error means once a signal was received: others ended at once, before they had anything to save."""
     return Stopped(
         f"stopped by {signals.told}; not every rank could save",
-        "the last sealed checkpoint counts",
+        "what was sealed before counts",
         "start the same command again to go on",
     )
 
@@ -78,7 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     code = main()
     # Without the interpreter's own ending: process groups of a failed rank may wait for peers that are gone, and a
-    # thread that still lives then aborts a rank that has done its work. Everything is closed by now.
+    # thread inside a call into a store that does not answer aborts a rank that has done its work.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_octo.checkpoint.store import has_checkpoint, latest_checkpoint, read_facts
 from megatron_octo.config.check import check_run
 from megatron_octo.config.load import load_config
 from megatron_octo.config.recipes import find_recipe
@@ -17,8 +19,11 @@ from megatron_octo.files import read_json
 from megatron_octo.progress import PROGRESS_VARIABLE, Progress
 from megatron_octo.runtime.accelerator import asks_for_accelerator, check, look
 from megatron_octo.runtime.stop import STOPPED, nothing_to_save
-from megatron_octo.train.describe import describe_run
-from megatron_octo.train.start import PROFILE, last_step, plan_start
+from megatron_octo.train.describe import describe_end, describe_run
+from megatron_octo.train.start import PROFILE, last_step, make_place, plan_start
+from megatron_octo.train.statistics import climb_text
+
+_LONG_STEP = 10.0  # seconds without a step after which the bar tells how long this one takes
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -76,6 +81,7 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
             check(run, look(load=False))
         start, last = plan_start(run), last_step(run, until)
     if start.step >= last:
+        print(f"octo: {describe_end(run, start.step, until, trained=False)}", file=sys.stderr)
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from megatron_octo.train.loop import train
@@ -85,7 +91,9 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     from megatron_octo.runtime.launch import launch
     from megatron_octo.train.needs import needs, remarks
 
-    for line in remarks(run, start, needs(start.run, start.first_window)):
+    found = remarks(run, start, needs(start.run, start.first_window))
+    make_place(run.out)
+    for line in found:
         print(f"octo: {line}", file=sys.stderr)
     arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
     shown = PROGRESS_VARIABLE not in os.environ
@@ -106,6 +114,18 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     times = run.out / PROFILE / "run.txt"
     if shown and times.is_file():
         print(f"\n{times.read_text(encoding='utf-8')}", file=sys.stderr, end="", flush=True)
+    if climbed := _climbed(run):
+        print(f"octo: warning: {climbed}", file=sys.stderr)
+    print(f"octo: {describe_end(run, last, until, trained=True)}", file=sys.stderr)
+
+
+def _climbed(run: RunConfig) -> str:
+    """What the last checkpoint remembers of a loss that climbed; empty if it did not."""
+    if not has_checkpoint(run.out):
+        return ""
+    numbers = read_facts(latest_checkpoint(run.out)).get("memory", {}).get("numbers", {})
+    climbed = numbers.get("climbed")
+    return climb_text(climbed["loss"], numbers["lowest"], climbed["since"]) if climbed else ""
 
 
 @contextmanager
@@ -114,15 +134,19 @@ def _mirrored_progress(run: RunConfig, step: int, last: int) -> Iterator[tuple[d
     if PROGRESS_VARIABLE in os.environ:
         yield {}, lambda: None
         return
-    run.out.mkdir(parents=True, exist_ok=True)
     file = run.out / ".progress.json"
     file.unlink(missing_ok=True)
     with Progress(run.name, last * run.tokens_per_step, done=step * run.tokens_per_step, lines=True) as bar:
+        moved = time.monotonic()
 
         def watch() -> None:
+            nonlocal moved
             seen = read_json(file)
-            if seen:
-                bar.advance(seen["done"] - bar.done, **seen["facts"])
+            if seen and seen["done"] != bar.done:
+                moved = time.monotonic()
+                bar.advance(seen["done"] - bar.done, **{**seen["facts"], "step_so_far": None})
+            elif (waited := time.monotonic() - moved) > _LONG_STEP:
+                bar.advance(0, step_so_far=waited)
 
         yield {PROGRESS_VARIABLE: str(file)}, watch
     file.unlink(missing_ok=True)

@@ -8,12 +8,14 @@ from typing import Any
 from megatron_octo.checkpoint.store import FACTS
 from megatron_octo.config.load import differences, parse_config
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.index.digest import content_digest, tokenizer_digest
+from megatron_octo.data.index.pairs import read_index
 from megatron_octo.errors import CheckpointError, ConfigError, DataError
 from megatron_octo.schedule.change import rewritten_past
 
 _MAY_CHANGE = (
-    "parallel", "recompute", "fp8", "transformer_impl", "optimizer.implementation", "checkpoint", "watch",
-    "validation", "logging", "threads", "timeout_minutes", "stop_grace_seconds", "out",
+    "parallel", "batch.micro_batch", "recompute", "fp8", "transformer_impl", "optimizer.implementation", "checkpoint",
+    "watch", "validation", "logging", "threads", "timeout_minutes", "stop_grace_seconds", "out",
 )  # fmt: skip
 _MUST_STAY = "parallel.distributed_optimizer"
 
@@ -46,14 +48,16 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     if run.schedule.learning_rate is None:
         rate = before.schedule.learning_rate
         run = run.model_copy(update={"schedule": run.schedule.model_copy(update={"learning_rate": rate})})
-    changed = differences(before.model_dump(mode="json"), run.model_dump(mode="json"))
+    known = with_moved_data(before, run, facts)
+    changed = differences(known.model_dump(mode="json"), run.model_dump(mode="json"))
     schedule = [line for line in changed if line.startswith("schedule.")]
     other = [line for line in changed if line not in schedule and not _allowed(line)]
     place = checkpoint.parent.parent
     if other:
         raise ConfigError(
             f"{place}: this run has trained with other settings: {'; '.join(other)}",
-            "a run goes on with its own data order and model; layout, checkpoints, watching and logging may change, "
+            "a run goes on with its own data order and model; layout, precision (fp8), layers (transformer_impl), "
+            "checkpoints, watching and logging may change, "
             "and of the schedule what is still to come",
             "restore these fields, or choose another `out` for a new run",
         )
@@ -69,23 +73,60 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     return run
 
 
-def check_data(run: RunConfig, before: dict[str, str], now: dict[str, str]) -> None:
+def with_moved_data(before: RunConfig, run: RunConfig, facts: dict[str, Any]) -> RunConfig:
+    """A stored configuration with the places where its data lies now, as far as it is the same data.
+
+    Args:
+        before: what a checkpoint was trained with.
+        run: where the data lies now.
+        facts: of the checkpoint; `data` and `tokenizer` tell what was read.
+    """
+    data, known, mixture = before.data, facts.get("data", {}), dict(before.data.mixture)
+    for name in mixture.keys() & run.data.mixture.keys():
+        path, digest = run.data.mixture[name].path, known.get(name)
+        if path != mixture[name].path and isinstance(digest, dict) and _digest(path) == digest:
+            mixture[name] = mixture[name].model_copy(update={"path": path})
+    moved = {"mixture": mixture}
+    if facts.get("tokenizer") and facts["tokenizer"] == tokenizer_digest(run.data.tokenizer):
+        moved["tokenizer"] = run.data.tokenizer
+    return before.model_copy(update={"data": data.model_copy(update=moved)})
+
+
+def _digest(prefix: Path) -> dict[str, str] | None:
+    try:
+        return content_digest(read_index(prefix))
+    except DataError:
+        return None
+
+
+def check_data(run: RunConfig, before: dict[str, Any], now: dict[str, dict[str, str]]) -> None:
     """Check that a run reads on in the datasets it has read so far, not in others under the same path.
 
     Args:
         run: where they are.
-        before: digest of each source's index when the last checkpoint was saved; empty if nothing was read.
+        before: what told each source from others when the last checkpoint was saved: see `content_digest`, or of
+            earlier versions that of the index alone; empty if nothing was read.
         now: the same, of what is there.
 
     Raises:
-        DataError: another index, which means another order of windows.
+        DataError: another index, which means another order of windows; or other tokens.
     """
     for name, digest in before.items():
-        if now.get(name) != digest:
+        known = digest if isinstance(digest, dict) else {"index": digest}
+        found = now.get(name, {})
+        if known["index"] == found.get("index") and known.get("tokens", found["tokens"]) != found["tokens"]:
+            raise DataError(
+                f"data.mixture.{name} ({run.data.mixture[name].path}) holds other tokens than those that "
+                f"'{run.name}' has read, in documents of the same lengths",
+                "a .bin that was copied in part, or tokens of another tokenizer, would be read without an error",
+                "copy its .bin again, or start a new run, or a fork with data: fresh",
+            )
+        if known["index"] != found.get("index"):
             raise DataError(
                 f"data.mixture.{name} ({run.data.mixture[name].path}) is not the dataset that '{run.name}' has read",
                 "the order of windows follows from the lengths of all documents: tokens would be lost or read twice",
-                f"put the one back whose .idx has SHA-256 {digest}, or start a new run, or a fork with data: fresh",
+                f"put the one back whose .idx has SHA-256 {known['index']}, or start a new run, or a fork with "
+                "data: fresh",
             )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import default_collate
 
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.index.digest import stray_token
 from megatron_octo.errors import DataError
 from megatron_octo.runtime.groups import Runtime
 
@@ -69,10 +70,10 @@ class Batches:
     def _check_vocabulary(self, items: list[dict[str, Any]], windows: range) -> None:
         """Refuse a token the model has no row for: its loss would be senseless, and no error."""
         for window, item in zip(windows, items, strict=True):
-            largest = max(int(item["tokens"].max()), int(item["labels"].max()))
-            if largest >= self._vocabulary:
+            both = torch.cat([item["tokens"], item["labels"][-1:]])
+            if (stray := stray_token(both.numpy(), self._vocabulary)) is not None:
                 raise DataError(
-                    f"window {window} of the mixture holds token {largest}, model.vocabulary is {self._vocabulary}",
+                    f"window {window} of the mixture holds token {stray}, model.vocabulary is {self._vocabulary}",
                     "every token needs a row of the embedding",
                     "build the data with this model's tokenizer; if it was, a file is damaged",
                 )

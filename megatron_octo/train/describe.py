@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_octo.checkpoint.store import CHECKPOINTS, step_name
 from megatron_octo.config.run import RunConfig
 from megatron_octo.model.facts import FLOPS_CONVENTION, flops_per_token, parameter_count
 from megatron_octo.units import format_flops, format_tokens
@@ -29,6 +30,27 @@ def describe_run(run: RunConfig, step: int, last: int) -> str:
         "out": str(run.out),
     }
     return "\n".join([run.name, *(f"  {name:<8}{text}" for name, text in rows.items())])
+
+
+def describe_end(run: RunConfig, step: int, until: int | None, *, trained: bool) -> str:
+    """Where a leg of a run stands when its command ends: what is done, what is saved, and what goes on.
+
+    Args:
+        run: the run.
+        step: steps taken.
+        until: the position the leg was to stop at, tokens of the run.
+        trained: whether this command took a step.
+    """
+    tokens = format_tokens(min(step * run.tokens_per_step, run.schedule.tokens))
+    over = step >= run.steps
+    said = ("finished" if over else "stopped as --until says") if trained else "nothing to do"
+    saved = f", saved as {run.out / CHECKPOINTS / step_name(step)}" if step else ""
+    if over:
+        more = "; a larger schedule.tokens goes on" if not trained else ""
+    else:
+        more = f"; --until {until} is already reached" if not trained else "; the same command without --until goes on"
+    note = f" (--until {until} lies beyond the end)" if until is not None and until > run.schedule.tokens else ""
+    return f"{run.name}: {said}: step {step:,} of {run.steps:,}, {tokens} tokens{saved}{more}{note}"
 
 
 def _precision(run: RunConfig) -> str:

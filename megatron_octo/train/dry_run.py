@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_octo.checkpoint.retain import Policy, Saved, removable
 from megatron_octo.checkpoint.store import has_checkpoint
 from megatron_octo.config.run import RunConfig
-from megatron_octo.model.facts import flops_per_token
+from megatron_octo.model.facts import FLOPS_CONVENTION, flops_per_token
 from megatron_octo.model.memory import ACTIVATIONS, ELEMENT, activation_bytes, logit_bytes, micro_batches, stored
 from megatron_octo.train.needs import Need, is_there, needs, remarks
 from megatron_octo.train.start import Start, check_place, check_tokenizer_directory, origin, plan_start
 
 if TYPE_CHECKING:
     import torch
-
-FLOPS = (
-    "matrix products forward and backward (6 a weight, output layer included), attention as causal; what is recomputed "
-    "is not counted"
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
         "remarks": remarks(run, start, read),
         "start": beginning,
         "not_checked": [*missing, *_unread(run, read), *_machine(run)],
-        "conventions": {"flops": FLOPS, "activations": ACTIVATIONS},
+        "conventions": {"flops": FLOPS_CONVENTION, "activations": ACTIVATIONS},
         "config": run.model_dump(mode="json"),
     }
 

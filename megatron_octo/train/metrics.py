@@ -42,8 +42,8 @@ class LineFile:
 
     def cut(self, step: int) -> None:
         """Drop the lines of later steps and go on behind the others."""
-        self.close()
         cut_metrics(self._path, step)
+        self.close()
         self._open()
 
     def close(self) -> None:
@@ -85,4 +85,6 @@ def finite(value: Any) -> Any:
     """A value made of JSON's types with None for every number that is not finite."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

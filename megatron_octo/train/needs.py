@@ -10,7 +10,7 @@ from megatron_octo.checkpoint.store import POINTER
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.pairs import bin_path, idx_path
 from megatron_octo.data.mixture import check_tokenizer, check_tokens, open_source, shares, windows_per_epoch
-from megatron_octo.train.start import Start
+from megatron_octo.train.start import METRICS, Start
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,13 @@ def remarks(run: RunConfig, start: Start | None, found: list[Need]) -> list[str]
     if start and start.step and not (run.out / POINTER).exists():
         newest = start.checkpoint.name if start.checkpoint else ""
         lines.append(f"{run.out / POINTER} is missing; going on from {newest}, the newest sealed checkpoint")
+    if start and start.step and not (run.out / METRICS).exists():
+        lines.append(f"{run.out / METRICS} is missing; its lines to step {start.step} are gone, later ones follow")
+    if run.tokens_per_step > run.schedule.tokens:
+        lines.append(
+            f"a step of {run.batch.global_batch} x {run.data.sequence_length} = {run.tokens_per_step} tokens is longer "
+            f"than schedule.tokens = {run.schedule.tokens}: the run is that one step"
+        )
     if often := repeats({need.source: need.passes for need in found}):
         lines.append(often)
     return lines

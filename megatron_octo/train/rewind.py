@@ -1,7 +1,8 @@
 """Going back to the last sealed checkpoint, and passing over the batches that led astray.
 
-What is passed over is written to `rewinds.json` before the run goes back. A run that is killed at any point of a rewind
-starts from the same checkpoint with the same list, and so comes to the same end.
+What is passed over is written to `rewinds.json` before the run goes back; files with a line for each step are cut by
+those who write them, last. A run that is killed at any point of a rewind starts from the same checkpoint with the same
+list, and so comes to the same end.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_octo.checkpoint.save import load_checkpoint, on_rank_zero
-from megatron_octo.checkpoint.store import POINTER, latest_checkpoint, point_at, read_facts, retire, sealed_checkpoints
+from megatron_octo.checkpoint.store import (
+    POINTER,
+    latest_checkpoint,
+    point_at,
+    retire,
+    sealed_checkpoints,
+    sealed_facts,
+)
 from megatron_octo.errors import StageFailed
 from megatron_octo.files import write_json
 from megatron_octo.train.facts import Trouble
 from megatron_octo.train.hooks.base import Hooks
-from megatron_octo.train.start import METRICS, REWINDS, cut_metrics, known_rewinds
+from megatron_octo.train.start import REWINDS, known_rewinds
 from megatron_octo.train.state import TrainState
 
 
@@ -64,7 +72,7 @@ def rewind(state: TrainState, hooks: Hooks) -> None:
 
 
 def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Choose the checkpoint, write down what is passed over, cut the metrics: what rank 0 does for all."""
+    """Choose the checkpoint and write down what is passed over: what rank 0 does for all."""
     run, trouble, bad = state.run, state.trouble, state.step + 1
     assert trouble is not None
     checkpoint = _target(run.out, trouble, bad)
@@ -74,13 +82,12 @@ def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, An
             f"a run stops here unless a policy of `watch` is rewind; {checkpoint.name} is from before",
             "take the named rank's machine out, then start the same command again; or set watch.nonfinite=rewind",
         )
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     over = list(range(max(facts["step"] + 1, bad - trouble.passed_over + 1), bad + 1))
     entry = {"step": bad, "why": trouble.why, "to": facts["step"], "passed_over": over}
     rewinds = [*known_rewinds(run.out, state.memory), entry]
     _check_patience(rewinds, run.watch.patience)
     write_json(run.out / REWINDS, rewinds)
-    cut_metrics(run.out / METRICS, facts["step"])
     said = f", passing over {_span(over)}" if over else ""
     print(f"octo: step {bad}: {trouble.why}; back to {checkpoint.name}{said}", file=sys.stderr, flush=True)
     return checkpoint, facts, rewinds
@@ -89,14 +96,14 @@ def _go_back(state: TrainState) -> tuple[Path, dict[str, Any], list[dict[str, An
 def _target(run_dir: Path, trouble: Trouble, bad: int) -> Path:
     """The newest sealed checkpoint that can be trusted; those taken after the trouble began are withdrawn."""
     sealed = sealed_checkpoints(run_dir)
-    doubtful = [path for path in sealed if trouble.since is not None and read_facts(path)["step"] > trouble.since]
+    doubtful = [path for path in sealed if trouble.since is not None and sealed_facts(path)["step"] > trouble.since]
     trusted = [path for path in sealed if path not in doubtful]
     if doubtful and trusted:
         point_at(run_dir, trusted[-1].name)
-    elif doubtful:
-        (run_dir / POINTER).unlink(missing_ok=True)
     for path in reversed(doubtful):
         retire(path)
+    if doubtful and not trusted:  # last: without it a kill before would leave the next doubtful one in charge
+        (run_dir / POINTER).unlink(missing_ok=True)
     if not trusted:
         raise StageFailed(
             f"step {bad}: {trouble.why}; there is no checkpoint to go back to yet",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_octo.checkpoint.save import load_checkpoint
+from megatron_octo.checkpoint.store import naming_older
 from megatron_octo.checkpoint.together import on_rank_zero
 from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.index.digest import tokenizer_digest
 from megatron_octo.data.reader import build_train_dataset
 from megatron_octo.model.build import build_chunks
 from megatron_octo.model.translate import Kernels, ddp_config, optimizer_config
@@ -70,9 +73,11 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     chunks = wrap(run, models)
     optimizer = build_optimizer(run, chunks)
     memory = dict(start.memory)
-    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, memory, dataset.digests)
+    read = (dataset.digests, tokenizer_digest(run.data.tokenizer))
+    state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, memory, *read)
     if start.checkpoint is not None:
-        load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
+        with naming_older(start.checkpoint) if start.step else nullcontext():
+            load_checkpoint(start.checkpoint, state.models, optimizer, moments=start.moments)
     gc.collect()
     gc.freeze()  # what exists now stays; the collector need not walk it during steps
     return Engine(runtime, batches, get_forward_backward_func()), state

@@ -15,22 +15,25 @@ from megatron_octo.checkpoint.store import (
     checkpoint_at,
     has_checkpoint,
     latest_checkpoint,
+    naming_older,
     read_facts,
     remove_leftovers,
+    sealed_facts,
 )
-from megatron_octo.config.load import differences, dump_config, parse_config
+from megatron_octo.config.load import differences, dump_config, load_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.held_out import open_held_out
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
-from megatron_octo.train.change import continued, stored_run
+from megatron_octo.train.change import continued, stored_run, with_moved_data
 from megatron_octo.train.loggers import check_loggers
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 STATISTICS = "statistics.jsonl"
+SENTINEL = "sentinel.jsonl"
 PROFILE = "profile"
 CONFIG = "config.yaml"
 REWINDS = "rewinds.json"
@@ -49,7 +52,7 @@ class Start(NamedTuple):
         root_tokens: tokens of the lineage before this run.
         lineage: the record of a branch.
         memory: what hooks remembered; empty for a new run, a branch among them.
-        data: digests of the sources whose order is read on; empty for an order that begins.
+        data: what tells the sources whose order is read on; empty for an order that begins.
     """
 
     run: RunConfig
@@ -59,7 +62,7 @@ class Start(NamedTuple):
     root_tokens: int = 0
     lineage: dict[str, Any] | None = None
     memory: dict[str, Any] = {}
-    data: dict[str, str] = {}
+    data: dict[str, Any] = {}
 
     @property
     def first_window(self) -> int:
@@ -99,6 +102,20 @@ def check_place(run_dir: Path) -> None:
     check_unsealed(run_dir)
 
 
+def make_place(run_dir: Path) -> None:
+    """Make a run directory.
+
+    Raises:
+        EnvironmentProblem: it cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{run_dir}: cannot be made ({error.strerror})", "a run keeps its checkpoints there", "name another `out`"
+        ) from None
+
+
 def check_tokenizer_directory(run: RunConfig) -> None:
     """Check that a new run's tokenizer is where it says.
 
@@ -110,7 +127,8 @@ def check_tokenizer_directory(run: RunConfig) -> None:
         raise DataError(
             f"data.tokenizer = {named}: {'a file, not a directory' if named.exists() else 'no such directory'}",
             "the trained model is exported with the tokenizer of its data",
-            "name the one that `octo data build` wrote or used",
+            "name the one that `octo data build` wrote or used"
+            + ("" if named.is_absolute() else f"; a relative path starts from here, {Path.cwd()}"),
         )
 
 
@@ -146,7 +164,8 @@ def open_run(run: RunConfig) -> Start:
     """
     start = plan_start(run)
     remove_leftovers(run.out)
-    dump_config(start.run, run.out / CONFIG)
+    if not _states(run.out / CONFIG, start.run):
+        dump_config(start.run, run.out / CONFIG)
     if start.lineage is not None:
         write_json(run.out / LINEAGE, start.lineage)
         if start.step == 0:
@@ -156,6 +175,14 @@ def open_run(run: RunConfig) -> Start:
         (run.out / REWINDS).unlink(missing_ok=True)
     rewinds = known_rewinds(run.out, start.memory)
     return start._replace(memory=start.memory | ({REWINDS: rewinds} if rewinds else {}))
+
+
+def _states(path: Path, run: RunConfig) -> bool:
+    """Whether a file says what a run is: one that a user wrote in its place keeps its comments."""
+    try:
+        return load_config(RunConfig, path) == run
+    except ConfigError:
+        return False
 
 
 def known_rewinds(run_dir: Path, memory: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,7 +224,7 @@ def only_trainer(run_dir: Path) -> IO[str]:
 
 def cut_records(out: Path, step: int) -> None:
     """Cut every file of a run directory that has a line for a step; see `cut_metrics`."""
-    for name in (METRICS, VALIDATION, STATISTICS):
+    for name in (METRICS, VALIDATION, STATISTICS, SENTINEL):
         cut_metrics(out / name, step)
 
 
@@ -213,7 +240,8 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def _resume(run: RunConfig) -> Start:
     checkpoint = latest_checkpoint(run.out)
-    facts = read_facts(checkpoint)
+    with naming_older(checkpoint):
+        facts = sealed_facts(checkpoint)
     return Start(
         continued(run, facts, checkpoint),
         checkpoint,
@@ -230,16 +258,15 @@ def _fork(run: RunConfig) -> Start:
     fork = run.start.fork
     assert fork is not None
     checkpoint = checkpoint_at(fork.parent, fork.at)
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     if fork.at is None and is_held(fork.parent):
         raise CheckpointError(
             f"{fork.parent}: still trains, and its latest checkpoint changes",
             "a branch of a parent that trains says where it leaves",
             f"set start.fork.at, e.g. to {facts['tokens']}, or wait for the parent",
         )
-    origin = Origin(
-        str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, stored_run(facts, checkpoint)
-    )
+    parent = with_moved_data(stored_run(facts, checkpoint), run, facts)
+    origin = Origin(str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, parent)
     run = with_parents_rate(run, origin)
     data = facts.get("data", {}) if fork.data == "continue" else {}
     return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage_record(run, origin), data=data)
@@ -269,7 +296,7 @@ def _given(run: RunConfig) -> Path:
         checkpoint = latest_checkpoint(named)
     else:
         raise CheckpointError(f"{named}: no checkpoint here", "start.checkpoint names a sealed one", "check the path")
-    facts = read_facts(checkpoint)
+    facts = sealed_facts(checkpoint)
     stored = facts.get("model") or facts.get("config", {}).get("model")
     theirs = parse_config(ModelConfig, stored, f"{checkpoint / FACTS}: model") if stored else run.model
     changed = differences(_of_weights(theirs), _of_weights(run.model), "model")

@@ -31,7 +31,8 @@ class TrainState:
         lineage: the lineage record of a branch, else None.
         step: optimizer steps taken by this run.
         memory: what hooks remember across restarts, by hook; JSON's types, the same on every rank.
-        data: digest of each source's index, which the order of windows follows from.
+        data: what tells each source from another dataset, see `content_digest`.
+        tokenizer: the same of the tokenizer; None where it is not there.
         stop_wanted: this process was asked to stop at the next step boundary.
         trouble: why the gradients of the step at hand are not used; None as long as they are.
     """
@@ -43,7 +44,8 @@ class TrainState:
     lineage: dict[str, Any] | None = None
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
+    data: dict[str, dict[str, str]] = field(default_factory=dict)
+    tokenizer: str | None = None
     stop_wanted: bool = False
     trouble: Trouble | None = None
 
@@ -83,6 +85,7 @@ class TrainState:
             "versions": versions(),
             "lineage": self.lineage,
             "data": self.data,
+            "tokenizer": self.tokenizer,
             "memory": copy.deepcopy(self.memory),  # hooks go on with it while this is being written
             "config": self.run.model_dump(mode="json"),
         }

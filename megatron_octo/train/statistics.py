@@ -26,6 +26,23 @@ def remember(values: list[float], value: float, window: int) -> None:
     del values[:-window]
 
 
+def climb_bound(lowest: float) -> float:
+    """Loss that a run which learns does not come back to: half above its lowest, and a nat more.
+
+    The median of `EARLIEST` steps is held against it. A new mixture moves a loss by tenths, a warm-up by less.
+    """
+    return 1.5 * lowest + 1.0
+
+
+def climb_text(recent: float, lowest: float, since: int) -> str:
+    """A loss that has left where it was, for the log and for the end of the command."""
+    return (
+        f"the loss climbed from {lowest:.4g} to {recent:.4g} (medians of {EARLIEST} steps), far above its lowest since "
+        f"step {since}; if it diverges: branch off an earlier checkpoint (start.fork.at) with a lower "
+        "schedule.learning_rate, or let watch.spike=rewind act sooner"
+    )
+
+
 def spike_bound(values: list[float], sigma: float) -> float:
     """The value above which the next one is a spike; infinite while fewer than `EARLIEST` are known.
 

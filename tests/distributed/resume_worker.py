@@ -26,6 +26,7 @@ from megatron_octo.checkpoint import dist_write
 from megatron_octo.checkpoint.dist import TorchDist
 from megatron_octo.checkpoint.store import latest_checkpoint
 from megatron_octo.checkpoint.tensors import read, row_blocks
+from megatron_octo.checkpoint.together import on_rank_zero
 from megatron_octo.errors import OctoError
 from megatron_octo.runtime import groups
 from megatron_octo.train.api import load_run
@@ -159,6 +160,7 @@ def single(trainer: Trainer) -> None:
 def four(trainer: Trainer) -> None:
     """Legs of one run in two layouts of four processes, a full disk and a signal that reach one rank only."""
     trainer.train("four", *FOUR_WAY, until=5 * STEP_TOKENS, note="first leg")
+    unexpected(trainer)
     second = ["parallel.pipeline=2", "parallel.data=2"]
     trainer.train("four", *second, until=8 * STEP_TOKENS, note="second leg")
     with full_disk(rank=1):
@@ -171,6 +173,15 @@ def four(trainer: Trainer) -> None:
     trainer.train("converted-cut-run", *FOUR_WAY, f"start.checkpoint={converted}", until=STEP_TOKENS)
     for name, layout in LAYOUTS.items():
         twice_and_once(trainer, name, *layout)
+
+
+def unexpected(trainer: Trainer) -> None:
+    """Let rank 0 meet an error that nobody thought of, in what it does for all."""
+    try:
+        on_rank_zero(lambda: {}["absent"])
+    except Exception as error:
+        trainer.notes["unexpected"] = f"{type(error).__name__}: {error}"
+    trainer.notes["after it"] = on_rank_zero(lambda: "all are here")
 
 
 def twice_and_once(trainer: Trainer, name: str, *overrides: str) -> None:

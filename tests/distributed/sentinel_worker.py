@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from tiny_run import FOUR_WAY, STEP_TOKENS
 
 import megatron_octo.train.loop as loop
@@ -34,11 +36,12 @@ from megatron_octo.model.precision import Precision
 from megatron_octo.runtime import groups
 from megatron_octo.train import setup
 from megatron_octo.train.api import load_run
-from megatron_octo.train.hooks.default import default_hooks
+from megatron_octo.train.hooks import default
 from megatron_octo.train.hooks.sentinel import Sentinel
 
 LARGEST, BAD_SCALE = 448.0, 3e4
 LAYERS = ("dtype=bf16", "model.layers=4")
+STATISTICS = "logging.statistics_every=3"
 NORMAL = {"every": 2, "warmup": 2, "patience": 2, "loss_tolerance": 0.02, "grad_tolerance": 0.5}
 
 
@@ -80,13 +83,15 @@ class Rounding:
 
 
 def _saved(state: Any) -> torch.Tensor:
-    """What a checkpoint holds of a recipe's memory, as TransformerEngine's extra state does."""
-    return torch.cat([state.scale, state.amax_history])
+    """What a checkpoint holds of a recipe's memory: bytes of a pickle, as TransformerEngine's extra state is."""
+    kept = {"scale_fwd": state.scale, "amax_history_fwd": state.amax_history, "extra_fp8_variables": {"num_gemms": 1}}
+    return torch.frombuffer(bytearray(pickle.dumps(kept)), dtype=torch.uint8)
 
 
 def _restored(state: Any, saved: torch.Tensor) -> None:
-    state.scale.copy_(saved[:1])
-    state.amax_history.copy_(saved[1:])
+    kept = pickle.loads(saved.numpy().tobytes())
+    state.scale.copy_(kept["scale_fwd"])
+    state.amax_history.copy_(kept["amax_history_fwd"])
 
 
 class Trainer:
@@ -103,18 +108,24 @@ class Trainer:
             rounding.install(models)
             return models
 
-        def hooks(engine: Any, state: Any, *others: Any) -> Any:
-            made = default_hooks(engine, state, *others)
-            if sentinel is not None:
-                config = SentinelConfig(**{**NORMAL, **sentinel})
-                made._hooks.insert(0, Sentinel(engine, Precision(state.models, rounding.off), config))
-            return made
+        def sentinels(engine: Any, state: Any) -> list[Sentinel]:
+            if sentinel is None:
+                return []
+            config = SentinelConfig(**{**NORMAL, **sentinel})
+            return [Sentinel(engine, Precision(state.models, rounding.off), config)]
+
+        plain, sent = param_and_grad_buffer.dist_reduce_scatter_func, []
+
+        def reduce(*arguments: Any, **options: Any) -> Any:
+            sent.append(1)
+            return plain(*arguments, **options)
 
         run = load_run(self.path, [f"out={self.path.parent / name}", *LAYERS, *overrides])
         with (
             mock.patch.object(groups, "shutdown", partial(groups.shutdown, keep_world=True)),
-            mock.patch.object(loop, "default_hooks", hooks),
+            mock.patch.object(default, "sentinels", sentinels),
             mock.patch.object(setup, "build_chunks", build),
+            mock.patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", reduce),
         ):
             state = loop.train(run, until)
         weights = [weight.detach().float().numpy().tobytes() for model in state.models for weight in model.parameters()]
@@ -122,6 +133,7 @@ class Trainer:
             "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
             "memory": state.memory.get("sentinel"),
             "off_calls": rounding.off_calls,
+            "reductions": len(sent),
         }
 
 
@@ -151,9 +163,9 @@ def reload_masters(trainer: Trainer) -> None:
 
 
 def single(trainer: Trainer) -> None:
-    trainer.train("plain")
+    trainer.train("plain", STATISTICS)
     reload_masters(trainer)
-    trainer.train("watched", sentinel={"action": "warn"})
+    trainer.train("watched", STATISTICS, sentinel={"action": "warn"})
     trainer.train("bad", bad=(2,), sentinel={})
     trainer.train("bad-unwatched", bad=(2,))
     trainer.train("bad-warned", bad=(2,), sentinel={"action": "warn"})

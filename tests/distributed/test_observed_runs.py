@@ -48,7 +48,14 @@ def weights(run_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("seen", "blind"), [("one", "blind"), ("bf16", "bf16 blind"), ("PP2 VPP2 DP2", "blind four"), ("stopped", "blind")]
+    ("seen", "blind"),
+    [
+        ("one", "blind"),
+        ("bf16", "bf16 blind"),
+        ("PP2 VPP2 DP2", "blind four"),
+        ("stopped", "blind"),
+        ("DP2 overlapped", "overlapped blind"),
+    ],
 )
 def test_training_does_not_notice_that_it_is_watched(folder, seen, blind):
     for mine, theirs in zip(metrics(folder / seen), metrics(folder / blind), strict=True):
@@ -68,6 +75,7 @@ def test_validation_comes_every_so_many_tokens_and_at_the_end(folder):
         assert [line["step"] for line in found] == [2, 4, LENGTH]
         assert [line["tokens"] for line in found] == [step * STEP_TOKENS for step in (2, 4, LENGTH)]
     assert notes(folder, 1)["stopped first"]["error"] == "Stopped"
+    assert notes(folder, 1)["stopped again"]["text"] == "killed"
     for line in found:
         losses = [source["loss"] for source in line["sources"].values()]
         assert line["loss"] == pytest.approx(sum(losses) / 2)
@@ -114,6 +122,21 @@ def test_statistics_are_those_of_one_process(folder, name):
         assert here["activations"].keys() == there["activations"].keys()
         for part, values in here["activations"].items():
             assert values == pytest.approx(there["activations"][part], rel=1e-4)
+
+
+def test_a_rewind_takes_back_what_was_told_and_tells_it_again(folder):
+    """From step 5 to the checkpoint of step 3: the validation and the statistics of step 4 lie between."""
+    rewound, skipped = folder / "rewind", folder / "skip"
+    (back,) = json.loads((rewound / "rewinds.json").read_text())
+    assert (back["step"], back["to"], back["passed_over"]) == (5, 3, [5])
+    assert [line["step"] for line in metrics(rewound)] == list(range(1, LENGTH + 1))
+    assert weights(rewound) == weights(skipped)
+    for name in ("validation.jsonl", "statistics.jsonl"):
+        mine, theirs = (lines(run / name) for run in (rewound, skipped))
+        assert [line["step"] for line in mine] == [2, 4, 6]
+        for line in (*mine, *theirs):
+            line.pop("seconds", None)
+        assert mine == theirs
 
 
 def test_a_step_with_bad_numbers_leaves_its_statistics(folder):

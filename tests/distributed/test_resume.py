@@ -156,6 +156,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, notes):
     verify_seal(latest_checkpoint(folder / "full"))
 
 
+@pytest.mark.parametrize("rank", range(4))
+def test_an_unexpected_error_of_rank_0_reaches_all(folder, rank):
+    notes = json.loads((folder / f"four.{rank}.json").read_text())
+    assert notes["unexpected"] == "RuntimeError: rank 0: KeyError: 'absent'"
+    assert notes["after it"] == "all are here"
+
+
 def test_given_weights_are_the_start(folder, notes):
     given, converted = metrics(folder / "full")[0], metrics(folder / "converted-run")[0]
     assert given["step"] == given["tokens"] // STEP_TOKENS == 1

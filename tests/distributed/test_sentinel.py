@@ -57,6 +57,9 @@ def test_a_watched_run_is_bitwise_the_unwatched_one(folder):
     assert noted["watched"]["off_calls"] == 6 * 4
     assert noted["watched"]["weights"] == noted["plain"]["weights"]
     assert losses(folder / "watched") == losses(folder / "plain")
+    # What is replayed after step 2 belongs to no step: it is not counted into the statistics of step 3.
+    told, bare = ((folder / name / "statistics.jsonl").read_text() for name in ("watched", "plain"))
+    assert told == bare and told.count("\n") == 4
     # Two good runs compare equal; a bad one does not: weights are looked at.
     assert noted["bad-warned"]["weights"] == noted["bad-unwatched"]["weights"] != noted["plain"]["weights"]
 
@@ -68,6 +71,9 @@ def test_in_every_layout_and_on_every_rank(folder, layout):
         assert noted[f"{layout}-watched"]["weights"] == noted[f"{layout}-plain"]["weights"]
         assert noted[f"{layout}-watched"]["memory"]["bf16"] == []
         assert noted[f"{layout}-bad"]["memory"]["bf16"] == [2]
+        # Replayed gradients stay where they are: nothing is reduced that training would not reduce.
+        reductions = [noted[f"{layout}-{kind}"]["reductions"] for kind in ("plain", "watched", "bad")]
+        assert reductions == [4 if layout == "overlapped" else 0] * 3
     assert losses(folder / f"{layout}-watched") == losses(folder / f"{layout}-plain")
     assert record(folder / f"{layout}-bad")[0]["worst"] == "layer 2"
 

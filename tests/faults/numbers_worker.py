@@ -26,6 +26,8 @@ import megatron_octo.train.step as step_module
 from megatron_octo.train import loop, rewind
 from megatron_octo.train.hooks.report import WriteMetrics
 from megatron_octo.train.hooks.save import SaveCheckpoints
+from megatron_octo.train.loggers import Loggers
+from megatron_octo.train.metrics import LineFile
 
 RANK = int(os.environ.get("RANK", "0"))
 SKIP, REWIND, EVERY, BF16 = "watch.nonfinite=skip", "watch.nonfinite=rewind", "watch.weights_every=1", "dtype=bf16"
@@ -167,9 +169,9 @@ def killed_in_rewind(trainer: Trainer, name: str, point: str) -> None:
     if child == 0:
         target, attribute = {
             "before the list": (rewind, "write_json"),
-            "before the cut": (rewind, "cut_metrics"),
             "before the load": (rewind, "load_checkpoint"),
-            "after the load": (WriteMetrics, "after_rewind"),
+            "before the cut": (LineFile, "cut"),
+            "after the cut": (Loggers, "rewind"),
         }[point]
 
         def die(*_arguments: Any, **_options: Any) -> None:
@@ -183,7 +185,7 @@ def killed_in_rewind(trainer: Trainer, name: str, point: str) -> None:
     trainer.notes[f"{name} first"] = {"signal": os.WTERMSIG(status), "listed": listed}
 
 
-POINTS = ("before the list", "before the cut", "before the load", "after the load")
+POINTS = ("before the list", "before the load", "before the cut", "after the cut")
 
 
 def single(trainer: Trainer) -> None:
@@ -211,6 +213,7 @@ def single(trainer: Trainer) -> None:
     run(trainer, "bf16", SKIP, BF16, faults=(at(bad_loss, 7), watched(trainer.notes, "bf16")))
     run(trainer, "flip", REWIND, EVERY, faults=(flipped(9),))
     run(trainer, "flip saved", REWIND, EVERY, faults=(flipped(8, before_save=True),))
+    run(trainer, "flip that shows", *two_over, EVERY, faults=(flipped(8, before_save=True), at(bad_loss, 9, times=1)))
     run(trainer, "flip of a master copy", REWIND, EVERY, BF16, faults=(flipped(9, master=True),))
     run(trainer, "flip of a copy", REWIND, EVERY, BF16, faults=(flipped(9),))
     run(trainer, "bf16 clean", BF16)

@@ -12,10 +12,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint.part import write_parts
 from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.save import load_checkpoint
 from megatron_octo.checkpoint.seal import seal
-from megatron_octo.checkpoint.sharded import save_state
+from megatron_octo.checkpoint.sharded import Sharder
 from megatron_octo.errors import CheckpointError
 from megatron_octo.runtime.groups import initialize_single, shutdown
 
@@ -44,6 +45,20 @@ class Holder(torch.nn.Module):
         return {"weight": weight, "kept": ShardedObject("kept", self.kept, (1,), (0,))}
 
 
+class Scaled(Holder):
+    """Unpickles its state as TransformerEngine's layers do."""
+
+    def get_extra_state(self):
+        return self.kept
+
+    def set_extra_state(self, state):
+        pickle.loads(state.numpy().tobytes())
+
+    def sharded_state_dict(self, metadata=None):
+        kept = super().sharded_state_dict(metadata)
+        return {"weight": kept["weight"], "_extra_state": kept["kept"]}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
     initialize_single(1)
@@ -51,17 +66,18 @@ def one_process():
     shutdown()
 
 
-def saved(folder: Path, kept: object = None) -> Path:
+def saved(folder: Path, kept: object = None, kind: type[Holder] = Holder) -> Path:
     checkpoint = folder / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
-    save_state(checkpoint, [Holder(torch.ones(3) if kept is None else kept)], None)
+    model = kind(torch.ones(3) if kept is None else kept)
+    write_parts(checkpoint, Sharder([model], None).part())
     store.write_facts(checkpoint, {"step": 1})
     return checkpoint
 
 
-def load(checkpoint: Path) -> Holder:
+def load(checkpoint: Path, kind: type[Holder] = Holder) -> Holder:
     seal(checkpoint)  # whoever can write a file can seal it
-    model = Holder(torch.zeros(3))
+    model = kind(torch.zeros(3))
     with torch.no_grad():
         model.weight.zero_()
     load_checkpoint(checkpoint, [model], OPTIMIZER, moments=False)
@@ -93,12 +109,45 @@ def test_an_object_that_would_run_code_is_refused(tmp_path):
     assert not sprung.exists()
 
 
+def test_a_layers_state_that_would_run_code_is_refused(tmp_path):
+    sprung = tmp_path / "sprung"
+    state = torch.frombuffer(bytearray(pickle.dumps({"recipe": Trap(sprung)})), dtype=torch.uint8)
+    checkpoint = saved(tmp_path, state, Scaled)
+    with pytest.raises(CheckpointError, match=r"cannot be trusted \(_extra_state: it names pathlib"):
+        load(checkpoint, Scaled)
+    assert not sprung.exists()
+
+
+class Wider(Holder):
+    """Has one weight more."""
+
+    def sharded_state_dict(self, metadata=None):
+        more = ShardedTensor.from_rank_offsets("bias", self.weight.data.clone())
+        return {**super().sharded_state_dict(metadata), "bias": more}
+
+
+def test_weights_that_the_model_has_no_place_for_are_not_left_out(tmp_path):
+    with pytest.raises(CheckpointError, match="holds 1 tensor that this model has no place for: bias"):
+        load(saved(tmp_path, kind=Wider))
+
+
 def test_a_list_of_tensors_that_would_run_code_is_refused(tmp_path):
     checkpoint, sprung = saved(tmp_path), tmp_path / "sprung"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot be trusted"):
         load(checkpoint)
     assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "{", '{"sharded_backend": "zarr", "sharded_backend_version": 1}', None]
+)
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, content):
+    checkpoint = saved(tmp_path)
+    path = checkpoint / "metadata.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"metadata\.json: .*the trainer reads torch_dist of version 1"):
+        load(checkpoint)
 
 
 @pytest.mark.parametrize("elsewhere", ["../outside.distcp", "/etc/hostname", "folder/__0_0.distcp"])

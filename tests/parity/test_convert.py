@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_octo.checkpoint.dist import TorchDist
+from megatron_octo.checkpoint.part import write_parts
 from megatron_octo.checkpoint.seal import seal
-from megatron_octo.checkpoint.sharded import load_state, save_state
+from megatron_octo.checkpoint.sharded import Sharder, load_state
 from megatron_octo.checkpoint.store import read_facts, write_facts
 from megatron_octo.checkpoint.tensors import read
 from megatron_octo.config.layout import ParallelConfig
@@ -149,7 +150,7 @@ def test_a_checkpoint_saved_by_megatron_comes_back_bitwise(world: World, tmp_pat
         gpt.output_layer.weight[VOCABULARY:] = 0
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
     checkpoint.mkdir(parents=True)
-    save_state(checkpoint, [gpt], None)
+    write_parts(checkpoint, Sharder([gpt], None).part())
     config = {"name": "long", "model": model.model_dump(mode="json"), "data": {"tokenizer": str(world.tokenizer)}}
     facts = {"step": 3, "run_tokens": 30, "tokens": 130, "config": config, "lineage": {"parent": "stable"}}
     write_facts(checkpoint, facts)

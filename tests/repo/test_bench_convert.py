@@ -29,7 +29,7 @@ def bench() -> ModuleType:
 
 @pytest.mark.parametrize(("shape", "count"), [("1b", 1_235_814_400), ("3b", 3_212_749_824), ("8b", 8_030_261_248)])
 def test_shapes_are_the_published_models(bench: ModuleType, shape: str, count: int) -> None:
-    assert bench.weight_bytes(bench.SHAPES[shape]) == 2 * count
+    assert bench.weight_bytes(bench.model_of(shape)) == 2 * count
 
 
 def test_a_step_is_charged_with_its_own_memory_and_with_all_processes_it_starts(

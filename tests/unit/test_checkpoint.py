@@ -7,17 +7,19 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from dist_files import Held
 
-from megatron_octo.checkpoint import store
+from megatron_octo.checkpoint import retain, store
 from megatron_octo.checkpoint.dist import read_metadata
 from megatron_octo.checkpoint.dist_write import write_model
 from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.seal import seal, seal_digest, verify_seal
-from megatron_octo.errors import CheckpointError
+from megatron_octo.errors import CheckpointError, StageFailed
+from megatron_octo.schedule.fork import record_fork
 
 
 def save(run_dir: Path, step: int) -> Path:
@@ -53,6 +55,59 @@ def test_pruning_keeps_the_newest_and_the_one_in_charge(tmp_path):
     assert [path.name for path in store.sealed_checkpoints(tmp_path)] == [
         "step_00000001", "step_00000003", "step_00000004",
     ]  # fmt: skip
+
+
+def test_a_branch_that_leaves_while_another_checkpoint_is_removed_keeps_its_own(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+
+    def remove_slowly(checkpoint: Path) -> None:
+        plain(checkpoint)
+        run = SimpleNamespace(name="long", out=tmp_path / "long")
+        assert record_fork(run, {"run": "long", "parent": tmp_path, "checkpoint": "step_00000002", "position": 1200})
+
+    plain = retain.retire
+    monkeypatch.setattr(retain, "retire", remove_slowly)
+    assert prune(tmp_path, Policy(1)) == ["step_00000001"]
+    verify_seal(tmp_path / "checkpoints" / "step_00000002")
+
+
+def test_a_withdrawal_that_is_cut_off_leaves_no_doubtful_checkpoint_in_charge(tmp_path, monkeypatch):
+    from megatron_octo.train import rewind
+    from megatron_octo.train.facts import Trouble
+
+    def killed(checkpoint: Path) -> None:
+        plain(checkpoint)
+        raise KeyboardInterrupt
+
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    plain, trouble = rewind.retire, Trouble("a weight changed by itself", since=0)
+    monkeypatch.setattr(rewind, "retire", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rewind._target(tmp_path, trouble, 4)
+    with pytest.raises(CheckpointError, match="not a sealed checkpoint here"):
+        store.latest_checkpoint(tmp_path)
+    monkeypatch.setattr(rewind, "retire", plain)
+    with pytest.raises(StageFailed, match="no checkpoint to go back to"):
+        rewind._target(tmp_path, trouble, 4)
+    assert not store.has_checkpoint(tmp_path)
+
+
+def test_what_a_run_is_cut_and_pruned_by_is_checked_against_the_seal(tmp_path):
+    path = save(tmp_path, 3)
+    assert store.sealed_facts(path)["step"] == 3
+    facts = (path / "run.json").read_text()
+    for damage, said in ((facts.replace("3", "1"), "has been altered"), (None, "no such file")):
+        (path / "run.json").unlink() if damage is None else (path / "run.json").write_text(damage)
+        with pytest.raises(CheckpointError, match=rf"run\.json: {said}"):
+            store.sealed_facts(path)
+    (path / "run.json").write_text(facts)
+    content = json.loads((path / "seal.json").read_text())
+    del content["files"]["run.json"]
+    (path / "seal.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="is not part of the sealed checkpoint"):
+        store.sealed_facts(path)
 
 
 def test_a_fork_position_names_its_checkpoint(tmp_path):

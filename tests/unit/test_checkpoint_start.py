@@ -12,12 +12,17 @@ import yaml
 
 from megatron_octo.checkpoint import store
 from megatron_octo.checkpoint.retain import Policy, prune
-from megatron_octo.checkpoint.seal import seal_digest
+from megatron_octo.checkpoint.seal import seal, seal_digest
+from megatron_octo.checkpoint.store import read_facts
 from megatron_octo.config.run import RunConfig
-from megatron_octo.errors import CheckpointError, ConfigError, EnvironmentProblem
+from megatron_octo.data.index.digest import content_digest, tokenizer_digest
+from megatron_octo.data.index.pairs import read_index
+from megatron_octo.data.index.writer import write_indexed
+from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.schedule.fork import pinned_checkpoints
 from megatron_octo.train import start
 from megatron_octo.train.api import load_run, train_run
+from megatron_octo.train.change import check_data
 from megatron_octo.train.start import cut_metrics, only_trainer, open_run, plan_start
 
 
@@ -39,11 +44,11 @@ def values(out, **more):
     }
 
 
-def save(config: RunConfig, step: int) -> None:
+def save(config: RunConfig, step: int, **more) -> None:
     temporary = store.begin(config.out, step)
     tokens = step * config.tokens_per_step
     facts = {"step": step, "run_tokens": tokens, "tokens": tokens, "config": config.model_dump(mode="json")}
-    store.write_facts(temporary, facts)
+    store.write_facts(temporary, {**facts, **more})
     store.publish(temporary, config.out, step)
 
 
@@ -69,6 +74,7 @@ def changed(config: RunConfig, path: str, value) -> RunConfig:
     [
         ("parallel.tensor", 2),
         ("parallel.data", 2),
+        ("batch.micro_batch", 1),
         ("checkpoint.every", 500),
         ("checkpoint.keep", 7),
         ("threads", 1),
@@ -110,6 +116,62 @@ def test_what_may_not_change_is_named(config, field, value, said):
     assert said in str(refused.value)
 
 
+@pytest.fixture
+def moved(tmp_path):
+    """A run that has read two sources, and a copy of them, tokenizer included, elsewhere."""
+    for folder in (tmp_path / "data", tmp_path / "elsewhere"):
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        for name in ("web", "math"):
+            write_indexed(folder / name, [[1, 2, 3], [4]], 91)
+    plain = values(tmp_path / "stable", data=data_in(tmp_path / "data"))
+    config = RunConfig.model_validate(plain)
+    digests = {name: content_digest(read_index(source.path)) for name, source in config.data.mixture.items()}
+    save(config, 8, data=digests, tokenizer=tokenizer_digest(config.data.tokenizer))
+    return config
+
+
+def data_in(folder: Path) -> dict:
+    mixture = {name: {"path": str(folder / name), "weight": 1.0} for name in ("web", "math")}
+    return {"tokenizer": str(folder / "tokenizer"), "mixture": mixture, "sequence_length": 2}
+
+
+@pytest.mark.parametrize("how", ["resume", "branch that reads on"])
+def test_data_that_was_moved_is_read_on(moved, tmp_path, how):
+    there = {"data": data_in(tmp_path / "elsewhere")}
+    if how != "resume":
+        there |= {"out": str(tmp_path / "long"), "start": {"fork": {"parent": str(moved.out), "data": "continue"}}}
+    asked = RunConfig.model_validate({**values(moved.out), **there})
+    assert plan_start(asked).run.data == asked.data
+    write_indexed(tmp_path / "elsewhere" / "web", [[1, 2, 3], [5]], 91)  # of the same lengths
+    with pytest.raises(ConfigError, match=r"data\.mixture\.web\.path: "):
+        plan_start(asked)
+
+
+def test_a_moved_tokenizer_is_the_same_one(moved, tmp_path):
+    asked = changed(moved, "data.tokenizer", str(tmp_path / "elsewhere" / "tokenizer"))
+    assert plan_start(asked).step == 8
+    (tmp_path / "elsewhere" / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "other"}')
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: "):
+        plan_start(asked)
+
+
+def test_moved_data_of_a_checkpoint_that_knows_no_tokens_is_refused(moved, tmp_path):
+    save(moved, 9, data={name: content_digest(read_index(s.path))["index"] for name, s in moved.data.mixture.items()})
+    with pytest.raises(ConfigError, match=r"data\.mixture\.math\.path: .*data\.mixture\.web\.path: "):
+        plan_start(changed(moved, "data", data_in(tmp_path / "elsewhere")))
+
+
+def test_other_tokens_in_documents_of_the_same_lengths_are_refused(moved):
+    known = read_facts(moved.out / "checkpoints" / "step_00000008")["data"]
+    check_data(moved, known, known)
+    check_data(moved, {name: digest["index"] for name, digest in known.items()}, known)  # of an earlier version
+    with pytest.raises(DataError, match=r"data\.mixture\.web .* holds other tokens than those that 'stable' has read"):
+        check_data(moved, known, {**known, "web": {**known["web"], "tokens": "other"}})
+    with pytest.raises(DataError, match=r"data\.mixture\.web .* is not the dataset"):
+        check_data(moved, known, {**known, "web": {**known["web"], "index": "other"}})
+
+
 def test_a_decay_cannot_grow(tmp_path):
     decay = {"kind": "cosine", "learning_rate": 1e-3, "tokens": 10_000}
     config = RunConfig.model_validate(values(tmp_path / "long", schedule=decay))
@@ -141,6 +203,7 @@ def test_fields_that_are_newer_than_a_checkpoint_have_their_defaults(config):
             del facts["config"][section][field]
     del facts["config"]["watch"], facts["config"]["optimizer"]["beta2"]
     path.write_text(json.dumps(facts))
+    seal(path.parent)
     assert plan_start(config).run == config
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         plan_start(changed(config, "seed", 1))
@@ -152,6 +215,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_words(config, tmp_path, h
     facts = json.loads(path.read_text())
     facts["config"]["optimizer"]["amsgrad"] = True
     path.write_text(json.dumps({**facts, "versions": {"megatron_octo": "0.0.9"}}))
+    seal(path.parent)
     fork = {"fork": {"parent": str(config.out)}}
     run = config if how == "resume" else RunConfig.model_validate(values(tmp_path / "long", start=fork))
     said = r"run\.json: config: unknown key 'optimizer\.amsgrad'; it was written by megatron_octo 0\.0\.9"
@@ -165,6 +229,22 @@ def test_opening_cuts_metrics_beyond_the_checkpoint(config):
     open_run(config)
     assert [json.loads(line)["step"] for line in (config.out / "metrics.jsonl").open()] == list(range(1, 9))
     assert load_run(config.out / "config.yaml") == config
+
+
+@pytest.mark.parametrize("how", ["resume", "fork"])
+def test_facts_that_were_altered_change_nothing(config, tmp_path, how):
+    """The load would notice, but only after lines of metrics were cut by the wrong step."""
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 9))
+    (config.out / "metrics.jsonl").write_text(lines)
+    path = config.out / "checkpoints" / "step_00000008" / "run.json"
+    path.write_text(path.read_text().replace('"step": 8', '"step": 3'))
+    fork = {"name": "long", "start": {"fork": {"parent": str(config.out)}}}
+    run = config if how == "resume" else RunConfig.model_validate(values(tmp_path / "long", **fork))
+    run.out.mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"run\.json: has been altered"):
+        open_run(run)
+    assert (config.out / "metrics.jsonl").read_text() == lines
+    assert pinned_checkpoints(config.out) == set()
 
 
 def test_metrics_that_fit_are_left_alone(tmp_path):

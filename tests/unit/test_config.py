@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import importlib
+import math
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from megatron_octo.config.check import check_run
+from megatron_octo import config
+from megatron_octo.config.base import Strict
+from megatron_octo.config.check import check_layout, check_run
+from megatron_octo.config.data import ProblemSet
+from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.load import apply_overrides, differences, dump_config, load_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
@@ -161,6 +170,67 @@ def test_good_layouts_pass() -> None:
     assert run(parallel__tensor=2, parallel__pipeline=2, parallel__sequence="true").parallel.label == "TP2 PP2 SP"
 
 
+def _fields() -> list[tuple[type[Strict], str, Any]]:
+    """Every field of every configuration class there is."""
+    for module in pkgutil.iter_modules(config.__path__):
+        importlib.import_module(f"megatron_octo.config.{module.name}")
+    kinds, found = [Strict], []
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found += [(kind, name, field.annotation) for name, field in kind.model_fields.items()]
+    return found
+
+
+def _complaints(kind: type[Strict], name: str, value: object) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({name: value, "no such key": 0})
+    return [error["type"] for error in caught.value.errors() if error["loc"][:1] == (name,)]
+
+
+def _holds(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_holds(inner, kind) for inner in getattr(annotation, "__args__", ()))
+
+
+def test_no_number_of_any_configuration_may_be_infinite_or_a_yes() -> None:
+    fields = [field for field in _fields() if _holds(field[2], float) or _holds(field[2], int)]
+    plain = [field for field in fields if not _holds(field[2], dict) and "dict" not in str(field[2])]
+    assert len(plain) > 60
+    for kind, name, annotation in plain:
+        if _holds(annotation, float):
+            for value in (math.inf, math.nan):
+                assert _complaints(kind, name, value), f"{kind.__name__}.{name} takes {value}"
+        if not _holds(annotation, bool):
+            assert _complaints(kind, name, True), f"{kind.__name__}.{name} takes true"
+
+
+def test_every_mistake_of_a_file_is_shown_with_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    wrong = ["sed=1", "model.layers=20K", "batch.micro_batch=0", "optimizer.clip=.inf", "checkpoint.every=often"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, tmp_path / "run.yaml", wrong)
+    first, *each = str(caught.value).splitlines()
+    assert first == f"{tmp_path / 'run.yaml'}: 5 mistakes:"
+    assert each[0] == "  - unknown key 'sed'; fix: did you mean 'seed'?"
+    assert (
+        "  - model.layers = '20K'; it must be an integer; fix: only counts of tokens take a suffix: write 20000" in each
+    )
+    assert len(each) == 5 and all("; fix: " in line for line in each)
+
+
+def test_a_choice_of_types_is_one_mistake() -> None:
+    with pytest.raises(ConfigError, match="^test: count") as caught:
+        parse_config(ProblemSet, {"count": "many"}, "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_mistakes_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {layers: 2")
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        load_config(RunConfig, tmp_path / "run.yaml")
+    assert "unicode string" not in str(caught.value) and "line 1" in str(caught.value)
+
+
 def test_steps_round_up() -> None:
     assert run().tokens_per_step == 512
     assert run().steps == 20
@@ -190,3 +260,9 @@ def test_token_counts() -> None:
             parse_tokens(bad)
     assert [format_tokens(count) for count in (999, 1_048_576, 20 * 10**9)] == ["999", "1.05M", "20B"]
     assert [format_duration(seconds) for seconds in (5, 75, 5400)] == ["5s", "1m15s", "1h30m"]
+
+
+def test_keys_and_values_that_cannot_be_shared_equally() -> None:
+    with pytest.raises(ConfigError, match="the 4 rows of keys and values"):
+        check_layout(run(model__hidden=16, model__kv_groups=1).model, ParallelConfig(tensor=8))
+    check_layout(run(model__hidden=32, model__kv_groups=1).model, ParallelConfig(tensor=8))

@@ -230,6 +230,22 @@ def test_given_tokenizer_is_taken_over(built: Path, tmp_path: Path) -> None:
         build_data(_config(tmp_path, tokenizer={"path": str(tmp_path / "nowhere")}), tmp_path / "other")
 
 
+def test_another_end_mark_is_another_build(built: Path, tmp_path: Path) -> None:
+    """tokenizer_config.json names it: the copy of a build that was cut off must not outlive a change."""
+    given = tmp_path / "given"
+    shutil.copytree(built / "data" / "tokenizer", given)
+    config = _config(tmp_path, tokenizer={"path": str(given)}, corpora={}, world={"tokens": {"web": 2000}})
+    before = build_data(config, tmp_path / "data")["tokenizer"]["end_of_text"]
+    settings = json.loads((given / "tokenizer_config.json").read_text())
+    (given / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|begin_of_text|>"}))
+    with pytest.raises(ConfigError, match="holds another build: inputs.tokenizer.path"):
+        build_data(config, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()  # as if it had been killed
+    after = build_data(config, tmp_path / "data")["tokenizer"]["end_of_text"]
+    assert after != before
+    assert read_index(tmp_path / "data" / "web").document(0)[-1] == after
+
+
 def test_configuration_survives_its_file(built: Path, tmp_path: Path) -> None:
     config = _config(built, corpora={"real": {"path": "${OCTO_DATA:-data}/x", "tokens": "5K"}})
     dump_config(config, tmp_path / "data.yaml")

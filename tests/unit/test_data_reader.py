@@ -8,17 +8,21 @@ import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_octo.config.run import DataConfig, Source
 from megatron_octo.data import mixture
+from megatron_octo.data.index.digest import content_digest
 from megatron_octo.data.index.pairs import bin_path, read_index
 from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.data.mixture import check_tokenizer, check_tokens, shares
 from megatron_octo.data.reader import TrainDataset, build_train_dataset, windows
 from megatron_octo.errors import DataError, EnvironmentProblem
+from megatron_octo.train.data import Batches
 
 LENGTH = 16
 UNIQUE = 70_000  # above 16 bit, so that each token of a source can have a number of its own
@@ -162,6 +166,17 @@ def test_damaged_cache_is_named(folder: Path, tmp_path: Path) -> None:
         build_train_dataset(_data(folder, web=1), 10, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["document_index", "sample_index", "shuffle_index"])
+def test_a_cache_that_was_copied_in_part_is_not_read(folder: Path, tmp_path: Path, name: str) -> None:
+    """Of the right size, and zeros from some place on: one window would be read over and over."""
+    build_train_dataset(_data(folder, web=1), 10, tmp_path)
+    path = next(tmp_path.rglob(f"{name}.npy"))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    with pytest.raises(DataError, match=rf"index cache .* is damaged \({name}.npy is not as it was written\)"):
+        build_train_dataset(_data(folder, web=1), 10, tmp_path)
+
+
 def test_too_long_a_sequence_names_the_source(folder: Path, tmp_path: Path) -> None:
     tokens = read_index(folder / "tiny").tokens
     assert len(build_train_dataset(_data(folder, length=tokens - 1, tiny=1), 2, tmp_path)) == 2
@@ -188,6 +203,24 @@ def test_vocabulary(tmp_path: Path) -> None:
         check_tokenizer(_data(tmp_path, web=1), size - 1)
 
 
+def test_a_vocabulary_with_gaps_counts_to_its_end(tmp_path: Path) -> None:
+    from megatron_octo.config.index import IndexConfig
+    from megatron_octo.data.index.encode import load_encoder, vocabulary_of
+    from megatron_octo.data.index.train_tokenizer import train_tokenizer
+
+    train_tokenizer(["some text"], 300, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    plain = json.loads(path.read_text())
+    plain["model"]["vocab"] = {
+        token: number if number < 200 else number + 70_000 for token, number in plain["model"]["vocab"].items()
+    }
+    path.write_text(json.dumps(plain))
+    encoder = load_encoder(tmp_path, IndexConfig())
+    tokens = next(encoder.documents(["some text"]))
+    assert encoder.rows == vocabulary_of(tmp_path) > max(tokens) > 70_000
+    assert write_indexed(tmp_path / "web", [tokens], encoder.rows).largest_token == max(tokens)
+
+
 def test_tokens_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_indexed(tmp_path / "web", [[1, 90], [5, 2]], 91)
     assert check_tokens(tmp_path / "web", "data.mixture.web", 91)
@@ -195,6 +228,56 @@ def test_tokens_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
         check_tokens(tmp_path / "web", "data.mixture.web", 90)
     monkeypatch.setattr(mixture, "_SCANNED", 4)  # bytes: what is larger is looked at as it is read
     assert not check_tokens(tmp_path / "web", "data.mixture.web", 90)
+
+
+def test_a_token_below_zero_is_met_as_it_is_and_refused(tmp_path: Path) -> None:
+    """Megatron's reader would take -1 for its padding mark: a 0 that no loss counts."""
+    write_indexed(tmp_path / "web", [list(range(1, 50))] * 4, UNIQUE)
+    tokens = np.fromfile(bin_path(tmp_path / "web"), np.int32)
+    for damaged in (-1, -5):
+        tokens[60] = damaged
+        tokens.tofile(bin_path(tmp_path / "web"))
+        dataset = build_train_dataset(_data(tmp_path, web=1), 12, tmp_path / "cache")
+        items = [dataset[number] for number in range(12)]
+        assert min(int(item["tokens"].min()) for item in items) == damaged
+        assert all(item["loss_mask"].all() for item in items)
+        with pytest.raises(DataError, match=f"data.mixture.web .* holds token {damaged}, model.vocabulary is 91"):
+            check_tokens(tmp_path / "web", "data.mixture.web", 91)
+        run = SimpleNamespace(
+            batch=SimpleNamespace(micro_batch=1, global_batch=12), data=SimpleNamespace(sequence_length=LENGTH),
+            parallel=SimpleNamespace(context=1), model=SimpleNamespace(vocabulary=91),
+        )  # fmt: skip
+        alone = SimpleNamespace(
+            device="cpu", data_size=1, data_rank=0, is_first_stage=True, is_last_stage=True, world_size=1
+        )
+        with pytest.raises(DataError, match=f"of the mixture holds token {damaged}, model.vocabulary is 91"):
+            Batches(run, alone, dataset).of_step(0)
+
+
+@pytest.mark.parametrize("place", [0, 30_000, 59_999])
+def test_a_dataset_is_told_by_its_tokens_too(tmp_path: Path, place: int) -> None:
+    """What is not looked at is less than a 64th of the file in one piece."""
+    for name in ("one", "copy", "hole"):
+        write_indexed(tmp_path / name, [[7] * 60_000, [8] * 60_000], UNIQUE)
+    tokens = np.fromfile(bin_path(tmp_path / "hole"), np.int32)
+    tokens[place : place + 2000] = 0
+    tokens.tofile(bin_path(tmp_path / "hole"))
+    one, copy, hole = (content_digest(read_index(tmp_path / name)) for name in ("one", "copy", "hole"))
+    assert one == copy and one["index"] == hole["index"] and one["tokens"] != hole["tokens"]
+    write_indexed(tmp_path / "none", [], UNIQUE)
+    assert content_digest(read_index(tmp_path / "none"))["tokens"]
+
+
+@pytest.mark.parametrize("change", [{"length": 8}, {"sequences": 600}, {"seed": 4}])
+def test_a_cache_serves_its_own_order_only(folder: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    """Of each change alone: 20 windows are of one epoch, whatever their length, and 600 are of two."""
+    other = {"sequences": 20, **change}
+    build_train_dataset(_data(folder, web=1), 20, tmp_path / "shared")
+    sequences = other.pop("sequences")
+    orders = [
+        _tokens(build_train_dataset(_data(folder, web=1, **other), sequences, tmp_path / c)) for c in ("shared", "own")
+    ]
+    assert orders[0] == orders[1]
 
 
 def test_missing_compiled_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

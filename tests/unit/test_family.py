@@ -162,6 +162,24 @@ def test_damaged_files_are_shown_and_hide_nothing(runs):
     assert (again.tokens, again.planned) == (384, None)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        [], {"ancestors": 5}, {"ancestors": [5]}, {"ancestors": [{"position": 51}]}, {"ancestors": [{"run": "stable"}]},
+        {"ancestors": [{"run": "stable", "position": None}]}, {"parent": 5, "ancestors": []}, {"carried": "all"},
+        {"ancestors": [{"run": "stable", "position": 1, "path": 7}]},
+    ],
+)  # fmt: skip
+def test_a_lineage_of_another_form_is_a_problem_and_no_end(runs, content):
+    (runs / "long" / "lineage.json").write_text(json.dumps(content))
+    (runs / "stable" / "forks" / "step_00000010--y-1.json").write_text(json.dumps(content))
+    (runs / "stable" / "forks" / "step_00000010--z-1.json").write_text('{"run": "z", "position": 1, "out": 3}')
+    roots = {root.run: root for root in families(runs)}
+    assert roots["long"].problem.endswith("lineage.json cannot be read")
+    assert "z" not in [child.run for child in roots["stable"].children]
+    assert CliRunner().invoke(app, ["branch", "show", str(runs)]).exit_code == 0
+
+
 def test_circles_and_empty_places_are_refused(runs, tmp_path):
     lineage = json.loads((runs / "again" / "lineage.json").read_text())
     lineage |= {"parent": str(runs / "again"), "ancestors": [{"run": "again", "position": 5}]}

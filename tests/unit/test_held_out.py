@@ -48,7 +48,7 @@ def test_windows_follow_the_file_and_meet_at_one_token(prefix):
     assert held[3]["labels"].tolist() == [17, 18, 19, 20, 21]
     assert held[0]["position_ids"].tolist() == [0, 1, 2, 3, 4]
     assert held[0]["loss_mask"].tolist() == [1.0] * 5
-    assert held.largest_token == 21
+    assert (held.stray_token(22), held.stray_token(21)) == (None, 21)
 
 
 def test_fewer_windows_are_the_first_ones_and_the_rest_is_masked(prefix):

@@ -33,6 +33,8 @@ elif kind == "collateral":
     if rank == "0":
         print("RuntimeError: Connection closed by peer [127.0.0.1]:1"); sys.exit(1)
     time.sleep(0.5); print("ValueError: the reason"); sys.exit(1)
+elif kind == "port":
+    print(os.environ["MASTER_PORT"] if rank == "0" else ""); time.sleep(0.5)
 elif kind == "saves":
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
     time.sleep(60)
@@ -117,6 +119,24 @@ def test_a_port_in_use_is_refused_before_anything_starts(start, tmp_path):
         with pytest.raises(EnvironmentProblem, match="cannot be used"):
             start("fine", port=taken.getsockname()[1])
     assert not (tmp_path / "pid0").exists()
+
+
+def test_a_port_belongs_to_the_ranks_from_the_start_whoever_else_asks_for_it(start, tmp_path):
+    """No rank has taken it over yet when another process tries it: imports take seconds."""
+    refused = []
+
+    def ask():
+        log = tmp_path / "logs" / "log-rank0.txt"
+        if not refused and log.exists() and (told := log.read_text().split()):
+            for reuse in (0, 1):
+                with socket.socket() as other:
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+                    with pytest.raises(OSError, match="in use"):
+                        other.bind(("127.0.0.1", int(told[0])))
+                    refused.append(reuse)
+
+    start("port", watch=ask)
+    assert refused == [0, 1]
 
 
 def test_watch_is_called_while_ranks_run(start):

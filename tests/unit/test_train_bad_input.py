@@ -245,6 +245,12 @@ def test_a_source_that_repeats_is_named_with_its_count_before_the_run_starts(oct
     assert code == 0 and err == "" and "sources read more than once: math 5.05 times, web 11.8 times" in out
 
 
+def test_a_step_longer_than_the_run_is_said(octo: Octo) -> None:
+    said = "octo: a step of 8 x 32 = 256 tokens is longer than schedule.tokens = 200: the run is that one step"
+    assert said in octo("run.yaml", "schedule.tokens=200")[2].splitlines()
+    assert "longer than schedule.tokens" not in octo("run.yaml", "schedule.tokens=256")[2]
+
+
 def test_a_missing_pointer_beside_checkpoints_is_said_and_the_newest_goes_on(octo: Octo) -> None:
     code, out, err = octo("forgotten.yaml", "schedule.tokens=20K")
     assert code == 0 and out.endswith("started forgotten.yaml schedule.tokens=20K\n")

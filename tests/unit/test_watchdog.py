@@ -64,6 +64,15 @@ def test_an_error_of_its_own_stays_what_it_is(store):
     leave(second, None)
 
 
+@pytest.mark.parametrize("steps_go_by", [True, False])
+def test_only_a_thread_that_stays_in_one_place_of_one_step_hangs(monkeypatch, steps_go_by):
+    watchdog, fired, began = Watchdog(0, 1, None, timeout=1.0), threading.Event(), time.monotonic()
+    monkeypatch.setattr(watchdog, "_fire", fired.set)
+    watchdog.follow(lambda: f"step {int(4 * (time.monotonic() - began)) if steps_go_by else 7} of 9")
+    with watchdog:
+        assert fired.wait(2.5) is not steps_go_by
+
+
 def test_where_a_thread_waits_is_said_with_the_collective_and_its_caller(store):
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -80,3 +89,10 @@ def test_where_a_thread_waits_is_said_with_the_collective_and_its_caller(store):
         assert place_of(sys._getframe()).collective == ""
     finally:
         dist.destroy_process_group()
+
+
+def test_no_thread_outlives_a_rank_that_has_done_its_work(store):
+    watchdog = rank(0, store)
+    assert {thread.name for thread in watchdog._threads} == {"watchdog", "heartbeat"}
+    leave(watchdog, None)
+    assert not any(thread.is_alive() for thread in watchdog._threads)

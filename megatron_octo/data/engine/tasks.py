@@ -15,6 +15,7 @@ from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.stage import FILES, RECORDS
+from megatron_octo.data.index.digest import TOKENIZER_FILES
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import pair_files
@@ -22,8 +23,6 @@ from megatron_octo.data.index.tokenise import write_piece
 from megatron_octo.files import hash_directory, read_json
 
 TOKENISE = "tokenise"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def make_tokenizer(build: Build, corpora: list[str]) -> dict[str, Any]:
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 

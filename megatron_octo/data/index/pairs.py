@@ -158,7 +158,7 @@ def _check_present(prefix: Path) -> None:
             raise DataError(
                 f"{path} {'is not a file' if path.exists() else 'does not exist'}",
                 "an indexed dataset is a pair .bin and .idx",
-                f"name it without suffix: {prefix.with_suffix('')}" if named else "build it with `octo data build`",
+                f"name it without suffix: {prefix.with_suffix('')}" if named else _where_to_look(prefix),
             )
 
 
@@ -192,3 +192,8 @@ def import_indexed_dataset() -> Any:
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
+
+
+def _where_to_look(prefix: Path) -> str:
+    start = "" if prefix.is_absolute() else f"; a relative path starts from here, {Path.cwd()}"
+    return f"build it with `octo data build`, or mend the path{start}"

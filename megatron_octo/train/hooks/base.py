@@ -54,9 +54,11 @@ class Hooks:
         self._hooks, self._state, self._stack = hooks, state, ExitStack()
 
     def __enter__(self) -> Hooks:
-        for hook in self._hooks:
-            self._stack.callback(hook.close)
-            hook.open(self._state)
+        with ExitStack() as stack:  # closes those that are open if one refuses
+            for hook in self._hooks:
+                stack.callback(hook.close)
+                hook.open(self._state)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(

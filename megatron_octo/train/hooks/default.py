@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_octo.model.precision import Precision, engine_switch
 from megatron_octo.runtime.stop import StopSignals
-from megatron_octo.train.hooks.base import Hooks
+from megatron_octo.train.hooks.base import Hook, Hooks
 from megatron_octo.train.hooks.profile import Profile
 from megatron_octo.train.hooks.report import ShowProgress, WriteMetrics
 from megatron_octo.train.hooks.save import SaveCheckpoints
@@ -24,10 +24,15 @@ def default_hooks(engine: Engine, state: TrainState, last: int, signals: StopSig
     loggers, saves = Loggers(), SaveCheckpoints()
     validate = Validate(engine, loggers)
     judges = [WatchWeights(engine), WatchNumbers()]
-    if state.run.fp8 is not None and state.run.fp8.sentinel is not None:
-        # Before the metrics and the checkpoint of a step, which tell what it decided.
-        judges.insert(0, Sentinel(engine, Precision(state.models, engine_switch), state.run.fp8.sentinel))
     reports = [WriteMetrics(engine, loggers), validate, ShowProgress(engine, validate, last)]
-    # Statistics come first: a step that is judged badly leaves its own.
-    hooks = [WriteStatistics(engine, loggers), *judges, *reports, saves]
+    # The sentinel comes first: what it replays belongs to no step's statistics, and metrics and checkpoints tell what
+    # it decided. Statistics come before judges: a step that is judged badly leaves its own.
+    hooks = [*sentinels(engine, state), WriteStatistics(engine, loggers), *judges, *reports, saves]
     return Hooks([*hooks, Profile(engine, hooks), StopOnSignal(signals, saves)], state)
+
+
+def sentinels(engine: Engine, state: TrainState) -> list[Hook]:
+    """The FP8 sentinel of a run, if it has one."""
+    if state.run.fp8 is None or state.run.fp8.sentinel is None:
+        return []
+    return [Sentinel(engine, Precision(state.models, engine_switch), state.run.fp8.sentinel)]

@@ -27,11 +27,16 @@ class SaveCheckpoints(Hook):
         self._saved_step = 0
 
     def open(self, state: TrainState) -> None:
-        """Remember what is already saved."""
+        """Remember what is already saved, and see that there is room for what will be.
+
+        Raises:
+            EnvironmentProblem: the disk has no room for a checkpoint, and the run would find out after hours.
+        """
         run = state.run
         policy = Policy(run.checkpoint.keep, run.checkpoint.keep_every)
         self._saver = Saver(run.out, state.models, state.optimizer, policy, run.timeout_minutes * GROUP_PATIENCE)
         self._saved_step = state.step
+        self._saver.check_room()
 
     def after_step(self, state: TrainState, facts: StepFacts) -> None:
         """Save if a multiple of the interval lies inside this step."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,12 +18,12 @@ from megatron_octo.train.facts import StepFacts
 from megatron_octo.train.facts import Verdict as Step
 from megatron_octo.train.forward import run_batches
 from megatron_octo.train.hooks.base import Hook
+from megatron_octo.train.metrics import LineFile
 from megatron_octo.train.setup import Engine
-from megatron_octo.train.start import cut_metrics
+from megatron_octo.train.start import SENTINEL
 from megatron_octo.train.state import TrainState
 
 NAME = "sentinel"
-RECORD = "sentinel.jsonl"
 _SYNCHRONISING = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
 
 
@@ -46,14 +43,24 @@ class Sentinel(Hook):
 
     def __init__(self, engine: Engine, precision: Precision, config: SentinelConfig) -> None:
         self._engine, self._precision, self._config = engine, precision, config
+        self._file: LineFile | None = None
 
     def open(self, state: TrainState) -> None:
         """Move the layers that were moved before a restart."""
         self._take_up(state)
+        if self._engine.runtime.is_reporter:
+            self._file = LineFile(state.run.out / SENTINEL)
 
     def after_rewind(self, state: TrainState) -> None:
         """Go back to what was decided by then."""
         self._take_up(state)
+        if self._file is not None:
+            self._file.cut(state.step)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
     def after_step(self, state: TrainState, facts: StepFacts) -> None:
         """Compare, if it is time and the step was a good one."""
@@ -63,8 +70,6 @@ class Sentinel(Hook):
     def _take_up(self, state: TrainState) -> None:
         memory = state.memory.setdefault(NAME, {"bf16": []})
         self._precision.keep_in_bf16(memory["bf16"])
-        if self._engine.runtime.is_reporter:
-            cut_metrics(state.run.out / RECORD, state.step)
 
     def _watch(self, state: TrainState) -> None:
         memory = state.memory[NAME]
@@ -80,8 +85,8 @@ class Sentinel(Hook):
             moved = self._decide(state, batches, reference, allowed, verdict)
             memory["bf16"], memory["strikes"] = sorted({*memory["bf16"], *moved}), 0
             self._precision.keep_in_bf16(memory["bf16"])
-        if self._engine.runtime.is_reporter:
-            _record(state, differences, verdict, moved)
+        if self._file is not None:
+            self._file.write(_line(state, differences, verdict, moved))
             if verdict.due:
                 print(_sentence(state, differences, allowed, verdict, moved), flush=True)
 
@@ -160,30 +165,21 @@ def _unreduced(chunks: list[Any]) -> Iterator[None]:
                     setattr(chunk.config, name, function)
 
 
-def _record(state: TrainState, differences: envelope.Differences, verdict: envelope.Verdict, moved: list[int]) -> None:
-    """One comparison as a line: relative differences, how far outside, what was moved."""
-    layers = [_number(differences[envelope.layer_name(number)]) for number in range(state.run.model.layers)]
-    line = {
+def _line(
+    state: TrainState, differences: envelope.Differences, verdict: envelope.Verdict, moved: list[int]
+) -> dict[str, Any]:
+    """One comparison: relative differences, how far outside, what was moved."""
+    return {
         "step": state.step,
         "tokens": state.tokens,
-        "loss": _number(differences[envelope.LOSS]),
-        "layers": layers,
-        "excess": _number(verdict.excess),
+        "loss": differences[envelope.LOSS],
+        "layers": [differences[envelope.layer_name(number)] for number in range(state.run.model.layers)],
+        "excess": verdict.excess,
         "worst": verdict.worst,
         "strikes": verdict.strikes,
         "moved": moved,
         "bf16": state.memory[NAME]["bf16"],
     }
-    file = os.open(state.run.out / RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(file)
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
 
 
 def _sentence(

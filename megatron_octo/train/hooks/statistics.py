@@ -16,7 +16,8 @@ class WriteStatistics(Hook):
     """Every `logging.statistics_every` steps a line of `statistics.jsonl`; on other steps nothing is watched.
 
     A line holds `step`, `tokens`, `gradients` (name -> norm) and `activations` (name -> rms, max, nonfinite). It is
-    written before anybody judges the gradients, so that a step with bad numbers leaves its own.
+    written before anybody judges the gradients, so that a step with bad numbers that is skipped or stops the run leaves
+    its own.
     """
 
     def __init__(self, engine: Engine, loggers: Loggers) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from megatron_octo.checkpoint.store import CHECKPOINTS, step_name
 from megatron_octo.runtime.stop import Stopped, StopSignals
 from megatron_octo.train.facts import StepFacts
 from megatron_octo.train.hooks.base import Hook
@@ -52,7 +53,8 @@ class StopOnSignal(Hook):
             told = self._signals.told
             who = f"{told}, {self._signals.seconds:.1f} s ago" if told else "a signal to another rank"
             raise Stopped(
-                f"{state.run.name}: stopped by {who}, after step {state.step} ({state.run_tokens} tokens), saved",
+                f"{state.run.name}: stopped by {who}, after step {state.step} ({state.run_tokens} tokens), saved as "
+                f"{state.run.out / CHECKPOINTS / step_name(state.step)}",
                 f"stop_grace_seconds is {state.run.stop_grace_seconds:g}",
                 "start the same command again to go on",
             )

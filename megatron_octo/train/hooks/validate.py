@@ -57,6 +57,8 @@ class Validate(Hook):
             for sentence in short:
                 print(f"octo: warning: {sentence}", file=sys.stderr, flush=True)
         if self._due(state) and state.memory.get(MEMORY) != state.step:
+            if self._file is not None:  # an attempt killed before its next checkpoint made up for it too
+                self._file.cut(state.step - 1)
             self._validate(state)
 
     def after_step(self, state: TrainState, facts: StepFacts) -> None:
