@@ -20,7 +20,7 @@ _VERSIONS = ("megatron-core", "tokenizers", "numpy")
 
 def make_manifest(
     config: DataBuildConfig, inputs: dict[str, Any], tokenizer: dict[str, Any], sources: dict[str, dict[str, Any]],
-    problems: dict[str, dict[str, Any]],
+    problems: dict[str, dict[str, Any]], cleaning: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything a directory holds and follows from; no times and no machine: equal builds, equal manifests.
 
@@ -30,6 +30,7 @@ def make_manifest(
         tokenizer: facts of its task.
         sources: facts of each joined source.
         problems: count and hash of each split.
+        cleaning: what was left out and how well leaks are found; None where nothing is cleaned.
     """
     return {
         "format": FORMAT,
@@ -39,6 +40,7 @@ def make_manifest(
         "tokenizer": {"directory": "tokenizer", **_published(tokenizer)},
         "sources": {name: _published(facts) for name, facts in sources.items()},
         "problems": problems,
+        "cleaning": cleaning,
         "documents": sum(facts["documents"] for facts in sources.values()),
         "tokens": sum(facts["tokens"] for facts in sources.values()),
         "versions": {name: version(name) for name in _VERSIONS},
