@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.data.index.encode import Encoder, load_encoder
-from megatron_octo.data.index.pairs import Index, stretches
+from megatron_octo.data.index.pairs import Index, check_present, stretches
 from megatron_octo.data.index.table import DocumentTable, docs_path
 from megatron_octo.data.index.verify import verify_pair
 from megatron_octo.data.index.writer import largest_token
@@ -36,6 +36,7 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
     Raises:
         DataError: the pair is missing, damaged, or not as its manifest says.
     """
+    check_present(prefix)
     manifest = read_json(prefix.parent / "manifest.json") or {}
     facts = manifest.get("sources", {}).get(prefix.name)
     made = manifest if facts is not None else {}

@@ -120,7 +120,7 @@ def read_index(prefix: Path) -> Index:
     Raises:
         DataError: a file is missing, the index is empty, truncated or not an index, or the pair does not fit together.
     """
-    _check_present(prefix)
+    check_present(prefix)
     path = idx_path(prefix)
     with path.open("rb") as file:
         header, size = file.read(_HEADER.size), path.stat().st_size
@@ -151,7 +151,12 @@ def read_index(prefix: Path) -> Index:
     return Index(prefix, dtype, lengths, pointers, tokens)
 
 
-def _check_present(prefix: Path) -> None:
+def check_present(prefix: Path) -> None:
+    """Check that both files of a pair are there.
+
+    Raises:
+        DataError: one is not; the message says how to name the pair.
+    """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             named = prefix.suffix in (".bin", ".idx")
