@@ -85,7 +85,7 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     from megatron_octo.runtime.launch import launch
     from megatron_octo.train.needs import needs, remarks
 
-    for line in remarks(run, start, needs(start.run, start.first_window)):
+    for line in remarks(run, start, needs(start.run, start)):
         print(f"octo: {line}", file=sys.stderr)
     arguments = [str(path), *(overrides or []), *(["--until", str(until)] if until is not None else [])]
     shown = PROGRESS_VARIABLE not in os.environ

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.checkpoint.store import FACTS
+from megatron_octo.config.blends import blends_of, read_so_far
 from megatron_octo.config.load import differences, parse_config
 from megatron_octo.config.run import RunConfig
 from megatron_octo.errors import CheckpointError, ConfigError, DataError
@@ -39,7 +40,7 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     """A run as it goes on from its checkpoint: the rate it took from its parent, if it states none, is its own now.
 
     Raises:
-        ConfigError: a field differs that may not change, or the schedule's past would.
+        ConfigError: a field differs that may not change, or the past of the schedule or of the mixtures would.
         CheckpointError: see `stored_run`.
     """
     before = stored_run(facts, checkpoint)
@@ -48,15 +49,18 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
         run = run.model_copy(update={"schedule": run.schedule.model_copy(update={"learning_rate": rate})})
     changed = differences(before.model_dump(mode="json"), run.model_dump(mode="json"))
     schedule = [line for line in changed if line.startswith("schedule.")]
-    other = [line for line in changed if line not in schedule and not _allowed(line)]
+    phases = [line for line in changed if line.startswith("data.phases")]
+    other = [line for line in changed if line not in (*schedule, *phases) and not _allowed(line)]
     place = checkpoint.parent.parent
     if other:
         raise ConfigError(
             f"{place}: this run has trained with other settings: {'; '.join(other)}",
             "a run goes on with its own data order and model; layout, checkpoints, watching and logging may change, "
-            "and of the schedule what is still to come",
+            "and of the schedule and data.phases what is still to come",
             "restore these fields, or choose another `out` for a new run",
         )
+    if phases:
+        _check_phases(before, run, facts, place)
     if schedule:
         why = rewritten_past(before.schedule, run.schedule, facts["run_tokens"], run.tokens_per_step)
         if why is not None:
@@ -69,24 +73,48 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     return run
 
 
-def check_data(run: RunConfig, before: dict[str, str], now: dict[str, str]) -> None:
+def check_data(run: RunConfig, before: dict[str, Any], now: dict[str, dict[str, str]]) -> None:
     """Check that a run reads on in the datasets it has read so far, not in others under the same path.
 
     Args:
         run: where they are.
-        before: digest of each source's index when the last checkpoint was saved; empty if nothing was read.
-        now: the same, of what is there.
+        before: what told each source from others when the last checkpoint was saved: see `content_digest`, or of
+            earlier versions that of the index alone; empty if nothing was read.
+        now: the same, of what is there; sources that are not read any more are not among them.
 
     Raises:
-        DataError: another index, which means another order of windows.
+        DataError: another index, which means another order of windows; or other tokens.
     """
-    for name, digest in before.items():
-        if now.get(name) != digest:
+    for name in before.keys() & now.keys():
+        known = before[name] if isinstance(before[name], dict) else {"index": before[name]}
+        found, place = now[name], f"data.mixture.{name} ({run.data.paths[name]})"
+        if known["index"] != found["index"]:
             raise DataError(
-                f"data.mixture.{name} ({run.data.mixture[name].path}) is not the dataset that '{run.name}' has read",
+                f"{place} is not the dataset that '{run.name}' has read",
                 "the order of windows follows from the lengths of all documents: tokens would be lost or read twice",
-                f"put the one back whose .idx has SHA-256 {digest}, or start a new run, or a fork with data: fresh",
+                f"put the one back whose .idx has SHA-256 {known['index']}, or start a new run, or a fork with "
+                "data: fresh",
             )
+        if known.get("tokens", found["tokens"]) != found["tokens"]:
+            raise DataError(
+                f"{place} holds other tokens than those that '{run.name}' has read, in documents of the same lengths",
+                "a .bin that was copied in part, or tokens of another tokenizer, would be read without an error",
+                "copy its .bin again, or start a new run, or a fork with data: fresh",
+            )
+
+
+def _check_phases(before: RunConfig, run: RunConfig, facts: dict[str, Any], place: Path) -> None:
+    """Mixtures that begin where the run stands, or later, may change: no window of theirs was read."""
+    begun = (facts.get("lineage") or {}).get("first_window", 0)
+    read = begun + facts["step"] * run.batch.global_batch
+    past, now = (read_so_far(blends_of(one.data, begun), read) for one in (before, run))
+    if past != now:
+        raise ConfigError(
+            f"{place}: this run has trained with other mixtures: "
+            + "; ".join(differences(before.data.model_dump(mode="json"), run.data.model_dump(mode="json"), "data")),
+            f"{facts['run_tokens']} tokens of it are read; a mixture may only change from there on",
+            f"restore the phases that begin before, and give a new one at: {facts['run_tokens']} or later",
+        )
 
 
 def _allowed(line: str) -> bool:

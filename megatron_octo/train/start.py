@@ -18,10 +18,11 @@ from megatron_octo.checkpoint.store import (
     read_facts,
     remove_leftovers,
 )
+from megatron_octo.config.blends import Blend, blends_of
 from megatron_octo.config.load import differences, dump_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.held_out import open_held_out
+from megatron_octo.data.mix.held_out import open_held_out
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
@@ -59,12 +60,17 @@ class Start(NamedTuple):
     root_tokens: int = 0
     lineage: dict[str, Any] | None = None
     memory: dict[str, Any] = {}
-    data: dict[str, str] = {}
+    data: dict[str, Any] = {}
 
     @property
     def first_window(self) -> int:
         """Window of the data order that the run's first step begins with; not 0 if a branch reads on."""
         return (self.lineage or {}).get("first_window", 0)
+
+    @property
+    def blends(self) -> list[Blend]:
+        """Every mixture of the data order, those before the run's first step among them."""
+        return blends_of(self.run.data, self.first_window, (self.lineage or {}).get("history", ()))
 
 
 def plan_start(run: RunConfig) -> Start:

@@ -31,7 +31,7 @@ class TrainState:
         lineage: the lineage record of a branch, else None.
         step: optimizer steps taken by this run.
         memory: what hooks remember across restarts, by hook; JSON's types, the same on every rank.
-        data: digest of each source's index, which the order of windows follows from.
+        data: what tells each source that was or is read from others: see `data.mix.identity`.
         stop_wanted: this process was asked to stop at the next step boundary.
         trouble: why the gradients of the step at hand are not used; None as long as they are.
     """
@@ -43,7 +43,7 @@ class TrainState:
     lineage: dict[str, Any] | None = None
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     stop_wanted: bool = False
     trouble: Trouble | None = None
 

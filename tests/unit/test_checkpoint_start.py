@@ -88,7 +88,11 @@ def test_what_may_change(config, field, value):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("data.mixture.web.weight", 0.6, "data.mixture.web.weight: 0.7 -> 0.6"),
+        (
+            "data.mixture",
+            {"web": {"path": "web", "weight": 0.6}, "math": {"path": "math", "weight": 0.4}},
+            "data.mixture.math.weight: 0.3 -> 0.4; data.mixture.web.weight: 0.7 -> 0.6",
+        ),
         ("data.mixture.math.path", "other", "data.mixture.math.path: 'math' -> 'other'"),
         ("data.seed", 9, "data.seed: 0 -> 9"),
         ("data.sequence_length", 64, "data.sequence_length: 32 -> 64"),

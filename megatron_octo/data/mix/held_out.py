@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.pairs import read_index
-from megatron_octo.data.mixture import windows_per_epoch
+from megatron_octo.data.mix.mixture import windows_per_epoch
 from megatron_octo.errors import DataError
 
 

@@ -1,63 +1,15 @@
-"""A mixture as arithmetic: weights -> which source the next window comes from, and how often a source repeats."""
+"""The sources of a mixture: opened and checked before anything is read from them."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from megatron_octo.config.run import DataConfig
+from megatron_octo.config.mixture import DataConfig
 from megatron_octo.data.index.encode import vocabulary_of
 from megatron_octo.data.index.pairs import Index, bin_path, read_index
-from megatron_octo.errors import DataError, EnvironmentProblem
+from megatron_octo.errors import DataError
 
 _SCANNED = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Order:
-    """Where each window of the global order comes from.
-
-    Args:
-        source: position of its source among the sorted source names, int16 [windows].
-        number: how many windows of that source came before, int64 [windows].
-    """
-
-    source: np.ndarray
-    number: np.ndarray
-
-
-def shares(data: DataConfig) -> dict[str, float]:
-    """Weights of a mixture made to sum to one, in the order of the sources' names.
-
-    Sorting makes the global order a function of the mixture alone, not of the order its keys were written in.
-    """
-    total = math.fsum(source.weight for source in data.mixture.values())
-    return {name: data.mixture[name].weight / total for name in sorted(data.mixture)}
-
-
-def order(weights: list[float], windows: int) -> Order:
-    """Deal windows to sources so that after every window each source is as close to its share as can be.
-
-    This is Megatron's blend. It does not look ahead, so a longer order starts with the shorter one.
-
-    Args:
-        weights: shares that sum to one.
-        windows: length of the order.
-
-    Returns:
-        The order, [windows].
-
-    Raises:
-        EnvironmentProblem: megatron-core's compiled helper is missing.
-    """
-    source, number = np.zeros(windows, np.int16), np.zeros(windows, np.int64)
-    if windows:
-        compiled_helper().build_blending_indices(source, number, np.array(weights), len(weights), windows, False)
-    return Order(source, number)
 
 
 def windows_per_epoch(tokens: int, sequence_length: int) -> int:
@@ -65,13 +17,18 @@ def windows_per_epoch(tokens: int, sequence_length: int) -> int:
     return max(0, (tokens - 1) // sequence_length)
 
 
-def open_source(data: DataConfig, name: str) -> Index:
-    """Open one source of a mixture.
+def open_source(data: DataConfig, name: str, checked: bool = False) -> Index:
+    """Open one source of a run's mixtures.
+
+    Args:
+        data: what the run reads.
+        name: of the source.
+        checked: whether another process has checked its files just now.
 
     Raises:
         DataError: its pair of files is missing or damaged, or has fewer tokens than one window needs.
     """
-    index = read_index(data.mixture[name].path)
+    index = read_index(data.paths[name], checked)
     if not windows_per_epoch(index.tokens, data.sequence_length):
         raise DataError(
             f"data.mixture.{name} ({index.prefix}) has {index.tokens} tokens in {index.documents} documents",
@@ -126,25 +83,3 @@ def largest_token(prefix: Path) -> int:
     """Largest token of an indexed dataset, read from the tokens themselves; -1 if there are none."""
     tokens = read_index(prefix).all_tokens()
     return int(tokens.max()) if len(tokens) else -1
-
-
-def compiled_helper() -> Any:
-    """Import megatron-core's compiled index functions, which its wheels bring along.
-
-    Never compiles: megatron's own attempt ends the process where it finds no Makefile.
-
-    Raises:
-        EnvironmentProblem: the installed megatron-core has none for this Python.
-    """
-    from megatron_octo.data.index.pairs import import_indexed_dataset
-
-    import_indexed_dataset()
-    try:
-        from megatron.core.datasets import helpers
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"megatron-core's compiled dataset helper cannot be imported ({error})",
-            "its wheels bring it along for CPython 3.11 and 3.12 on x86_64 Linux; this installation has none",
-            "install the wheel: pip install --only-binary=:all: megatron-core==0.16.1",
-        ) from None
-    return helpers
