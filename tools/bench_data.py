@@ -296,9 +296,9 @@ def measure_scaling(folder: Path, tokenizer: Path, rounds: int) -> tuple[list[fl
 
 def measure_blend(folder: Path, documents: int, windows: int) -> dict[str, float]:
     """Open a blend of three sources for the first time, then read windows of it, and as many from raw memmaps."""
-    from megatron_octo.config.run import DataConfig
+    from megatron_octo.config.mixture import DataConfig
     from megatron_octo.data.index.pairs import bin_path
-    from megatron_octo.data.reader import build_train_dataset
+    from megatron_octo.data.mix.reader import build_train_dataset
 
     vocabulary, parts, mixture = 32_000, {"a": 0.6, "b": 0.3, "c": 0.1}, {}
     for number, (name, share) in enumerate(parts.items()):
