@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from megatron_octo.config.base import Seed, Strict
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.layout import ParallelConfig
+from megatron_octo.config.mixture import check_weights
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.run import BatchConfig, OptimizerConfig
@@ -47,7 +48,7 @@ class StableConfig(Strict):
     tokens: Tokens = Field(gt=0)
     learning_rate: float = Field(gt=0)
     warmup: Tokens = 0
-    mixture: dict[str, float] = Field(min_length=1, description="source -> weight of packed sequences")
+    mixture: dict[str, float] = Field(min_length=1, description="source -> share of packed sequences; they sum to 1")
     legs: list[Leg] = Field(default=[Leg()], min_length=1)
 
     @model_validator(mode="after")
@@ -128,6 +129,10 @@ class CampaignConfig(Strict):
                     raise ValueError(
                         f"{stage} mixes {source!r}; the sources of data are {', '.join(self.data.sources)}"
                     )
+            try:
+                check_weights(mixture)
+            except ValueError as error:
+                raise ValueError(f"{stage}.mixture: {error}") from None
         return self
 
     @model_validator(mode="after")

@@ -9,28 +9,13 @@ from pydantic import Field, model_validator
 
 from megatron_octo.config.base import Seed, Strict
 from megatron_octo.config.layout import ParallelConfig, RecomputeConfig
+from megatron_octo.config.mixture import DataConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.observe import LoggingConfig, ValidationConfig
 from megatron_octo.config.precision import Fp8Config
 from megatron_octo.config.schedule import ScheduleConfig
 from megatron_octo.config.survive import CheckpointConfig, WatchConfig
 from megatron_octo.units import Tokens
-
-
-class Source(Strict):
-    """One indexed dataset of a mixture; weights are shares of packed sequences."""
-
-    path: Path = Field(description="prefix of the .bin/.idx pair")
-    weight: float = Field(gt=0, allow_inf_nan=False)
-
-
-class DataConfig(Strict):
-    """What is read: a weighted mixture of indexed datasets cut into windows of one length."""
-
-    tokenizer: Path = Field(description="tokenizer directory in Hugging Face form")
-    mixture: dict[str, Source] = Field(min_length=1)
-    sequence_length: int = Field(gt=1)
-    seed: Seed = 0
 
 
 class BatchConfig(Strict):

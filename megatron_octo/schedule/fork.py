@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_octo.config.blends import Blend, blends_of, read_so_far
 from megatron_octo.config.load import differences
 from megatron_octo.config.run import RunConfig
 from megatron_octo.config.schedule import ScheduleConfig
@@ -69,11 +70,12 @@ def lineage_record(run: RunConfig, origin: Origin) -> dict[str, Any]:
     Returns:
         The lineage record: run, parent, checkpoint and its seal, position (tokens since the root of the tree), the
         parent's own tokens, the learning rate at the seam, what was carried, the window of the data order that the
-        branch begins with, and the chain of ancestors.
+        branch begins with, the blends of the windows before it, and the chain of ancestors.
 
     Raises:
-        ConfigError: another model than the parent's, another optimizer form than the carried moments, a data
-            order that is not the parent's although it should go on, or a learning rate that jumps at the fork.
+        ConfigError: another model than the parent's, another optimizer form than the carried moments, windows that
+            are cut or drawn otherwise than the parent's although they should go on, or a learning rate that jumps at
+            the fork.
     """
     fork = run.start.fork
     if fork is None:
@@ -82,7 +84,7 @@ def lineage_record(run: RunConfig, origin: Origin) -> dict[str, Any]:
     _check_same_model(run, parent)
     if fork.moments:
         _check_moments(run, parent, facts)
-    window = _first_window(run, origin) if fork.data == "continue" else 0
+    window, history = _read_on(run, origin) if fork.data == "continue" else (0, [])
     return {
         "run": run.name,
         "parent": origin.parent,
@@ -97,9 +99,10 @@ def lineage_record(run: RunConfig, origin: Origin) -> dict[str, Any]:
             "weights": True,
             "moments": fork.moments,
             "rng": "none is drawn",
-            "data": f"goes on at window {window}" if fork.data == "continue" else f"fresh, seed {run.data.seed}",
+            "data": _in_words(run, window, history) if fork.data == "continue" else f"fresh, seed {run.data.seed}",
         },
         "first_window": window,
+        "history": [blend._asdict() for blend in history],
         "ancestors": _ancestors(origin),
     }
 
@@ -182,20 +185,40 @@ def _check_moments(run: RunConfig, parent: RunConfig, facts: dict[str, Any]) -> 
         )
 
 
-def _first_window(run: RunConfig, origin: Origin) -> int:
-    """The window the parent would have read next, of an order that both share."""
-    exclude = {"tokenizer"}  # says how text became tokens; the order is that of the tokens
+def _read_on(run: RunConfig, origin: Origin) -> tuple[int, list[Blend]]:
+    """The window the parent would have read next, and the blends of all before it.
+
+    The mixture may be another from here on: each source goes on after the windows that were read of it.
+    """
     parent = origin.run
-    theirs, mine = (one.data.model_dump(mode="json", exclude=exclude) for one in (parent, run))
+    theirs, mine = _windows_of(parent, parent), _windows_of(run, parent)
     changed = differences(theirs, mine, "data")
     if changed:
         raise ConfigError(
             f"branch '{run.name}' cannot read on where its parent '{parent.name}' was: {'; '.join(changed)}",
-            "mixture, seed and sequence length make the order of the data",
+            "seed, sequence length and datasets make the windows; only which of them come next may change",
             "keep them, or set start.fork.data: fresh",
         )
-    begun = (origin.facts.get("lineage") or {}).get("first_window", 0)
-    return begun + origin.facts["step"] * parent.batch.global_batch
+    lineage = origin.facts.get("lineage") or {}
+    begun = lineage.get("first_window", 0)
+    window = begun + origin.facts["step"] * parent.batch.global_batch
+    return window, read_so_far(blends_of(parent.data, begun, lineage.get("history", ())), window)
+
+
+def _windows_of(run: RunConfig, parent: RunConfig) -> dict[str, Any]:
+    """What the windows of the sources that two runs share are made of."""
+    shared = run.data.paths.keys() & parent.data.paths.keys()
+    mixture = {name: {"path": str(run.data.paths[name])} for name in shared}
+    return {"seed": run.data.seed, "sequence_length": run.data.sequence_length, "mixture": mixture}
+
+
+def _in_words(run: RunConfig, window: int, history: list[Blend]) -> str:
+    before, after = history[-1:], blends_of(run.data, window, [blend._asdict() for blend in history])
+    now = next(blend for blend in reversed(after) if blend.first <= window)
+    if not before or before[0].weights == now.weights:
+        return f"goes on at window {window}"
+    was, becomes = (", ".join(f"{name} {weight:g}" for name, weight in one.weights.items()) for one in (*before, now))
+    return f"goes on at window {window} with another mixture: {becomes} (was {was})"
 
 
 def _ancestors(origin: Origin) -> list[dict[str, Any]]:

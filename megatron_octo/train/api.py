@@ -91,7 +91,7 @@ def train_run(path: Path, overrides: list[str] | None = None, until: int | None 
     from megatron_octo.runtime.launch import launch
     from megatron_octo.train.needs import needs, remarks
 
-    found = remarks(run, start, needs(start.run, start.first_window))
+    found = remarks(run, start, needs(start.run, start))
     make_place(run.out)
     for line in found:
         print(f"octo: {line}", file=sys.stderr)

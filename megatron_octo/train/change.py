@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.checkpoint.store import FACTS
+from megatron_octo.config.blends import blends_of, read_so_far
 from megatron_octo.config.load import differences, parse_config
+from megatron_octo.config.mixture import Source
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.index.digest import content_digest, tokenizer_digest
+from megatron_octo.data.index.digest import tokenizer_digest
 from megatron_octo.data.index.pairs import read_index
+from megatron_octo.data.mix.identity import content_digest
 from megatron_octo.errors import CheckpointError, ConfigError, DataError
 from megatron_octo.schedule.change import rewritten_past
 
@@ -41,7 +44,7 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     """A run as it goes on from its checkpoint: the rate it took from its parent, if it states none, is its own now.
 
     Raises:
-        ConfigError: a field differs that may not change, or the schedule's past would.
+        ConfigError: a field differs that may not change, or the past of the schedule or of the mixtures would.
         CheckpointError: see `stored_run`.
     """
     before = stored_run(facts, checkpoint)
@@ -51,16 +54,19 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     known = with_moved_data(before, run, facts)
     changed = differences(known.model_dump(mode="json"), run.model_dump(mode="json"))
     schedule = [line for line in changed if line.startswith("schedule.")]
-    other = [line for line in changed if line not in schedule and not _allowed(line)]
+    phases = [line for line in changed if line.startswith("data.phases")]
+    other = [line for line in changed if line not in (*schedule, *phases) and not _allowed(line)]
     place = checkpoint.parent.parent
     if other:
         raise ConfigError(
             f"{place}: this run has trained with other settings: {'; '.join(other)}",
             "a run goes on with its own data order and model; layout, precision (fp8), layers (transformer_impl), "
             "checkpoints, watching and logging may change, "
-            "and of the schedule what is still to come",
+            "and of the schedule and data.phases what is still to come",
             "restore these fields, or choose another `out` for a new run",
         )
+    if phases:
+        _check_phases(before, run, facts, place)
     if schedule:
         why = rewritten_past(before.schedule, run.schedule, facts["run_tokens"], run.tokens_per_step)
         if why is not None:
@@ -81,15 +87,27 @@ def with_moved_data(before: RunConfig, run: RunConfig, facts: dict[str, Any]) ->
         run: where the data lies now.
         facts: of the checkpoint; `data` and `tokenizer` tell what was read.
     """
-    data, known, mixture = before.data, facts.get("data", {}), dict(before.data.mixture)
-    for name in mixture.keys() & run.data.mixture.keys():
-        path, digest = run.data.mixture[name].path, known.get(name)
-        if path != mixture[name].path and isinstance(digest, dict) and _digest(path) == digest:
-            mixture[name] = mixture[name].model_copy(update={"path": path})
-    moved = {"mixture": mixture}
+    data, known, there = before.data, facts.get("data", {}), run.data.paths
+    moved = {
+        name: there[name]
+        for name, path in data.paths.items()
+        if there.get(name, path) != path and isinstance(known.get(name), dict) and _digest(there[name]) == known[name]
+    }
+    changes: dict[str, Any] = {"mixture": _placed(data.mixture, moved)}
+    if data.phases:
+        changes["phases"] = [
+            phase.model_copy(update={"mixture": _placed(phase.mixture, moved)}) for phase in data.phases
+        ]
     if facts.get("tokenizer") and facts["tokenizer"] == tokenizer_digest(run.data.tokenizer):
-        moved["tokenizer"] = run.data.tokenizer
-    return before.model_copy(update={"data": data.model_copy(update=moved)})
+        changes["tokenizer"] = run.data.tokenizer
+    return before.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def _placed(mixture: dict[str, Source], moved: dict[str, Path]) -> dict[str, Source]:
+    return {
+        name: source.model_copy(update={"path": moved[name]}) if name in moved else source
+        for name, source in mixture.items()
+    }
 
 
 def _digest(prefix: Path) -> dict[str, str] | None:
@@ -106,28 +124,41 @@ def check_data(run: RunConfig, before: dict[str, Any], now: dict[str, dict[str, 
         run: where they are.
         before: what told each source from others when the last checkpoint was saved: see `content_digest`, or of
             earlier versions that of the index alone; empty if nothing was read.
-        now: the same, of what is there.
+        now: the same, of what is there; sources that are not read any more are not among them.
 
     Raises:
         DataError: another index, which means another order of windows; or other tokens.
     """
-    for name, digest in before.items():
-        known = digest if isinstance(digest, dict) else {"index": digest}
-        found = now.get(name, {})
-        if known["index"] == found.get("index") and known.get("tokens", found["tokens"]) != found["tokens"]:
+    for name in before.keys() & now.keys():
+        known = before[name] if isinstance(before[name], dict) else {"index": before[name]}
+        found, place = now[name], f"data.mixture.{name} ({run.data.paths[name]})"
+        if known["index"] != found["index"]:
             raise DataError(
-                f"data.mixture.{name} ({run.data.mixture[name].path}) holds other tokens than those that "
-                f"'{run.name}' has read, in documents of the same lengths",
-                "a .bin that was copied in part, or tokens of another tokenizer, would be read without an error",
-                "copy its .bin again, or start a new run, or a fork with data: fresh",
-            )
-        if known["index"] != found.get("index"):
-            raise DataError(
-                f"data.mixture.{name} ({run.data.mixture[name].path}) is not the dataset that '{run.name}' has read",
+                f"{place} is not the dataset that '{run.name}' has read",
                 "the order of windows follows from the lengths of all documents: tokens would be lost or read twice",
                 f"put the one back whose .idx has SHA-256 {known['index']}, or start a new run, or a fork with "
                 "data: fresh",
             )
+        if known.get("tokens", found["tokens"]) != found["tokens"]:
+            raise DataError(
+                f"{place} holds other tokens than those that '{run.name}' has read, in documents of the same lengths",
+                "a .bin that was copied in part, or tokens of another tokenizer, would be read without an error",
+                "copy its .bin again, or start a new run, or a fork with data: fresh",
+            )
+
+
+def _check_phases(before: RunConfig, run: RunConfig, facts: dict[str, Any], place: Path) -> None:
+    """Mixtures that begin where the run stands, or later, may change: no window of theirs was read."""
+    begun = (facts.get("lineage") or {}).get("first_window", 0)
+    read = begun + facts["step"] * run.batch.global_batch
+    past, now = (read_so_far(blends_of(one.data, begun), read) for one in (before, run))
+    if past != now:
+        raise ConfigError(
+            f"{place}: this run has trained with other mixtures: "
+            + "; ".join(differences(before.data.model_dump(mode="json"), run.data.model_dump(mode="json"), "data")),
+            f"{facts['run_tokens']} tokens of it are read; a mixture may only change from there on",
+            f"restore the phases that begin before, and give a new one at: {facts['run_tokens']} or later",
+        )
 
 
 def _allowed(line: str) -> bool:

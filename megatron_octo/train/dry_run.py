@@ -67,7 +67,7 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     start, beginning, missing = _start(run)
     run = start.run if start else run
-    read = needs(run, start.first_window if start else 0, lacking=True)
+    read = needs(run, start, lacking=True)
     stages, built = _stages(run)
     heaviest = max(stages, key=lambda stage: stage.total)
     padding = _padding(run)

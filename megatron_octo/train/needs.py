@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_octo.checkpoint.store import POINTER
+from megatron_octo.config.blends import blends_of, shared_out
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.pairs import bin_path, idx_path
-from megatron_octo.data.mixture import check_tokenizer, check_tokens, open_source, shares, windows_per_epoch
+from megatron_octo.data.mix.mixture import check_tokenizer, check_tokens, open_source, windows_per_epoch
 from megatron_octo.train.start import METRICS, Start
 
 
@@ -20,7 +20,7 @@ class Need:
     Args:
         source: its name.
         path: prefix of its pair of files.
-        share: of the windows, after the weights are made to sum to one.
+        share: of all windows of the run.
         windows: of the data's sequence length, that the whole run reads from it.
         passes: over the source since the order began; above 1 it repeats, in a new order each time. None: its files are
             not there.
@@ -35,12 +35,12 @@ class Need:
     scanned: bool = False
 
 
-def needs(run: RunConfig, first_window: int = 0, lacking: bool = False) -> list[Need]:
+def needs(run: RunConfig, start: Start | None = None, lacking: bool = False) -> list[Need]:
     """Find out what a run reads, and open each source for it.
 
     Args:
         run: the checked configuration.
-        first_window: that the run begins with; not 0 for a branch that reads on where its parent was.
+        start: where it begins; a branch may read on where its parent was.
         lacking: whether files may be missing (a rehearsal on another machine); damaged ones are refused all the same.
 
     Returns:
@@ -52,19 +52,19 @@ def needs(run: RunConfig, first_window: int = 0, lacking: bool = False) -> list[
     """
     if run.data.tokenizer.is_dir():  # a new run needs it: train.start
         check_tokenizer(run.data, run.model.vocabulary)
-    return [_need(run, name, share, first_window, lacking) for name, share in shares(run.data).items()]
-
-
-def _need(run: RunConfig, name: str, share: float, first_window: int, lacking: bool) -> Need:
-    path = run.data.mixture[name].path
-    own = run.steps * run.batch.global_batch
-    windows = math.ceil(share * own)
-    if lacking and not is_there(path):
-        return Need(name, path, share, windows)
-    index = open_source(run.data, name)
-    scanned = check_tokens(path, f"data.mixture.{name}", run.model.vocabulary)
-    passes = math.ceil(share * (first_window + own)) / windows_per_epoch(index.tokens, run.data.sequence_length)
-    return Need(name, path, share, windows, passes, scanned)
+    first, blends = (start.first_window, start.blends) if start else (0, blends_of(run.data))
+    last = first + run.steps * run.batch.global_batch
+    own, all_read = shared_out(blends, first, last), shared_out(blends, 0, last)
+    found = []
+    for name, path in run.data.paths.items():
+        need = Need(name, path, own[name] / (last - first), round(own[name]))
+        if not (lacking and not is_there(path)):
+            index = open_source(run.data, name)
+            passes = all_read[name] / windows_per_epoch(index.tokens, run.data.sequence_length)
+            scanned = check_tokens(path, f"data.mixture.{name}", run.model.vocabulary)
+            need = replace(need, passes=passes, scanned=scanned)
+        found.append(need)
+    return found
 
 
 def is_there(prefix: Path) -> bool:

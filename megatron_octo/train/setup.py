@@ -23,7 +23,7 @@ from megatron_octo.checkpoint.together import on_rank_zero
 from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.digest import tokenizer_digest
-from megatron_octo.data.reader import build_train_dataset
+from megatron_octo.data.mix.reader import build_train_dataset
 from megatron_octo.model.build import build_chunks
 from megatron_octo.model.translate import Kernels, ddp_config, optimizer_config
 from megatron_octo.runtime import accelerator, adam, tp_overlap
@@ -31,7 +31,7 @@ from megatron_octo.runtime.groups import Runtime
 from megatron_octo.train.change import check_data
 from megatron_octo.train.data import Batches
 from megatron_octo.train.needs import repeats
-from megatron_octo.train.start import open_run
+from megatron_octo.train.start import Start, open_run
 from megatron_octo.train.state import TrainState
 
 CACHE = "data-cache"
@@ -63,7 +63,7 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     kernels = choose_kernels(run)
     start = on_rank_zero(lambda: open_run(run))
     run = start.run
-    dataset = open_dataset(run, runtime, start.first_window)
+    dataset = open_dataset(run, runtime, start)
     if runtime.rank == 0 and (note := repeats({name: facts["epochs"] for name, facts in dataset.facts.items()})):
         print(note, flush=True)  # into the log of the run
     check_data(run, start.data, dataset.digests)
@@ -73,7 +73,7 @@ def set_up(run: RunConfig, runtime: Runtime) -> tuple[Engine, TrainState]:
     chunks = wrap(run, models)
     optimizer = build_optimizer(run, chunks)
     memory = dict(start.memory)
-    read = (dataset.digests, tokenizer_digest(run.data.tokenizer))
+    read = (start.data | dataset.digests, tokenizer_digest(run.data.tokenizer))
     state = TrainState(run, chunks, optimizer, start.root_tokens, start.lineage, start.step, memory, *read)
     if start.checkpoint is not None:
         with naming_older(start.checkpoint) if start.step else nullcontext():
@@ -167,14 +167,13 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> Any:
     return optimizer
 
 
-def open_dataset(run: RunConfig, runtime: Runtime, first_window: int = 0) -> Any:
-    """Open the mixture; rank 0 first, so that index arrays are computed once."""
-    windows = first_window + run.steps * run.batch.global_batch
-    build = partial(build_train_dataset, run.data, windows, run.out / CACHE)
+def open_dataset(run: RunConfig, runtime: Runtime, start: Start) -> Any:
+    """Open the mixtures; rank 0 first, so that files are checked and index arrays computed once."""
+    windows = start.first_window + run.steps * run.batch.global_batch
+    build = partial(build_train_dataset, run.data, windows, run.out / CACHE, start.blends)
     if runtime.world_size == 1:
         return build()
-    on_rank_zero(lambda: len(build()))
-    return build()
+    return build(known=on_rank_zero(lambda: build().digests))
 
 
 def _device() -> torch.device:

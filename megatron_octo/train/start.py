@@ -20,10 +20,11 @@ from megatron_octo.checkpoint.store import (
     remove_leftovers,
     sealed_facts,
 )
+from megatron_octo.config.blends import Blend, blends_of
 from megatron_octo.config.load import differences, dump_config, load_config, parse_config
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.held_out import open_held_out
+from megatron_octo.data.mix.held_out import open_held_out
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
@@ -68,6 +69,11 @@ class Start(NamedTuple):
     def first_window(self) -> int:
         """Window of the data order that the run's first step begins with; not 0 if a branch reads on."""
         return (self.lineage or {}).get("first_window", 0)
+
+    @property
+    def blends(self) -> list[Blend]:
+        """Every mixture of the data order, those before the run's first step among them."""
+        return blends_of(self.run.data, self.first_window, (self.lineage or {}).get("history", ()))
 
 
 def plan_start(run: RunConfig) -> Start:

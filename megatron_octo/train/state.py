@@ -31,8 +31,8 @@ class TrainState:
         lineage: the lineage record of a branch, else None.
         step: optimizer steps taken by this run.
         memory: what hooks remember across restarts, by hook; JSON's types, the same on every rank.
-        data: what tells each source from another dataset, see `content_digest`.
-        tokenizer: the same of the tokenizer; None where it is not there.
+        data: what tells each source that was or is read from others: see `data.mix.identity`.
+        tokenizer: what tells its tokenizer from others; None where it is not there.
         stop_wanted: this process was asked to stop at the next step boundary.
         trouble: why the gradients of the step at hand are not used; None as long as they are.
     """
@@ -44,7 +44,7 @@ class TrainState:
     lineage: dict[str, Any] | None = None
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, dict[str, str]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     stop_wanted: bool = False
     trouble: Trouble | None = None

@@ -1,15 +1,15 @@
 """Every fault that is injected: what it is, the test that injects it, and the guard without which that test fails.
 
 Groups: A crash during a save, B damaged checkpoint, C resources, D signals and ranks, E numbers, F data determinism,
-H preprocessing, I hostile input. `tests/repo/test_fault_catalogue.py` fails where a fault of a group has no test that
-pytest collects. A test id without brackets stands for all its cases.
+G indexed files, H preprocessing, I hostile input. `tests/repo/test_fault_catalogue.py` fails where a fault of a group
+has no test that pytest collects. A test id without brackets stands for all its cases.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 6, "H": 5, "I": 4}
+SIZES = {"A": 8, "B": 8, "C": 5, "D": 8, "E": 6, "F": 6, "G": 8, "H": 5, "I": 4}
 
 
 class Fault(NamedTuple):
@@ -21,7 +21,7 @@ class Fault(NamedTuple):
     guard: str
 
 
-COMPLETE = "ABCDEFHI"
+COMPLETE = "ABCDEFGHI"
 """Groups whose every fault has a row; a letter is added here together with the group's last row."""
 
 _SAVE = "tests/faults/test_checkpoint_faults.py"
@@ -30,6 +30,7 @@ _DAMAGE = f"{_SAVE}::test_damage_is_refused_by_name"
 _FAILED = f"{_KILLED.partition('::')[0]}::test_a_save_that_cannot_be_written_is_one_line_and_leaves_the_last_checkpoint"
 _FULL_BUILD = "tests/unit/test_cli.py::test_where_nothing_more_fits_nothing_is_left_half_written"
 _HOSTILE = "tests/faults/test_hostile_checkpoints.py"
+_INDEXED = "tests/faults/test_indexed_files.py::test_damage_is_found_by_name"
 _INPUT = "tests/parity/test_convert_bad_input.py::test_code_that_a_configuration"
 _RANKS = "tests/faults/test_ranks.py"
 _SIGNAL = f"{_RANKS}::test_a_signal_saves_and_ends_with_its_code_within_the_grace"
@@ -138,6 +139,19 @@ FAULTS = [
         "cached index of another seed",
         f"{_ORDER}::test_a_cached_index_of_another_seed_is_not_used",
         "reader.py build_train_dataset",
+    ),
+    Fault("G1", "bin truncated", f"{_INDEXED}[bin truncated-alone]", "pairs.py read_index: sizes"),
+    Fault("G2", "one token flipped", f"{_INDEXED}[one token flipped-alone]", "verify.py _check_histogram"),
+    Fault("G3", "idx truncated", f"{_INDEXED}[idx truncated-alone]", "pairs.py read_index: sizes"),
+    Fault("G4", "idx empty", f"{_INDEXED}[idx empty-alone]", "pairs.py read_index: the header"),
+    Fault("G5", "idx of a bad magic", f"{_INDEXED}[idx bad magic-alone]", "pairs.py read_index: the mark"),
+    Fault("G6", "pointer outside the bin", f"{_INDEXED}[idx bad pointer-alone]", "pairs.py _check_documents"),
+    Fault("G7", "counts that do not match", f"{_INDEXED}[idx count mismatch-alone]", "pairs.py read_index: sizes"),
+    Fault(
+        "G8",
+        "token outside the vocabulary",
+        f"{_INDEXED}[token outside the vocabulary-alone]",
+        "verify.py _count: rows",
     ),
     Fault(
         "H1",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from resume_worker import Trainer
 from tiny_run import STEP_TOKENS
 
-from megatron_octo.data.reader import TrainDataset
+from megatron_octo.data.mix.reader import TrainDataset
 from megatron_octo.train.data import Batches
 
 
@@ -60,6 +60,7 @@ def legs(trainer: Trainer, consumed: Consumed, name: str, ends: list[int], *over
 def two(trainer: Trainer, consumed: Consumed) -> None:
     """Two data-parallel ranks take the first steps of a run."""
     legs(trainer, consumed, "resized", [3], "parallel.data=2")
+    legs(trainer, consumed, "phased", [5], "parallel.data=2", phase(trainer.run.parent))
 
 
 def one(trainer: Trainer, consumed: Consumed) -> None:
@@ -72,9 +73,25 @@ def one(trainer: Trainer, consumed: Consumed) -> None:
     fork += ["schedule.kind=linear", "schedule.shape=null", f"schedule.tokens={2 * STEP_TOKENS}"]
     legs(trainer, consumed, "on", [1, 2], *fork, "start.fork.data=continue")
     legs(trainer, consumed, "fresh", [2], *fork, "data.seed=77")
+    other = f"data.mixture={mixture(folder, 0.5)}"
+    legs(trainer, consumed, "other", [1, 2], *fork, "start.fork.data=continue", other)
+    legs(trainer, consumed, "phased", [6, 10], phase(folder))
+    legs(trainer, consumed, "phased-whole", [10], phase(folder))
+    legs(trainer, consumed, "later", [5])
+    legs(trainer, consumed, "later", [10], phase(folder))
     with another_source(folder):
         trainer.train("whole", note="replaced")
         trainer.train("replaced-on", *fork, "start.fork.data=continue")
+
+
+def phase(folder: Path) -> str:
+    """After five steps another mixture: a quarter of what was read so far, and a source that is new."""
+    return f"data.phases=[{{at: {5 * STEP_TOKENS}, mixture: {mixture(folder, 0.25)}}}]"
+
+
+def mixture(folder: Path, web: float) -> str:
+    """Some of the source of all runs, and of another one."""
+    return f"{{web: {{path: {folder / 'web'}, weight: {web}}}, more: {{path: {folder / 'more'}, weight: {1 - web}}}}}"
 
 
 @contextmanager

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from megatron_octo.checkpoint.store import latest_checkpoint
-from megatron_octo.config.run import DataConfig
+from megatron_octo.config.mixture import DataConfig, Source
 from megatron_octo.data.index.writer import write_indexed
-from megatron_octo.data.reader import build_train_dataset
+from megatron_octo.data.mix.reader import build_train_dataset
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.runtime.launch import launch
 from megatron_octo.train.api import load_run
@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
     (folder / "tokenizer").mkdir()
     write_source(folder / "web", [30] * 13)  # 390 tokens: 12 windows of 32 and a label
     write_source(folder / "other-web", [30] * 12 + [31])
+    write_source(folder / "more", [29] * 8)  # 232 tokens: 7 windows
     run = values(folder)
     run["data"]["mixture"] = {"web": {"path": str(folder / "web"), "weight": 1.0}}
     decay = {"decay": 2 * STEP_TOKENS, "shape": "linear"}
@@ -135,24 +136,80 @@ def test_a_branch_reads_on_or_anew(folder, consumed):
     assert ordered_hash(consumed["fresh"]) == ordered_hash(alone(folder, 77, 0, 2 * BATCH))
 
 
+def windows_by_source(folder: Path, lines) -> list[tuple[str, int]]:
+    """What was read, told by content alone: each window's source and its number there. Epochs differ in their order."""
+    known = {}
+    for name in ("web", "more"):
+        data = load_run(folder / "run.yaml").data
+        data = data.model_copy(update={"mixture": {name: Source(path=folder / name, weight=1.0)}})
+        dataset = build_train_dataset(data, 48, folder / "independent")
+        for number in range(48):
+            known.setdefault(hashlib.sha256(content(dataset[number])).hexdigest(), []).append((name, number))
+    found, had = [], set()
+    for line in lines:
+        place = next(place for place in known[line[3]] if place not in had)
+        had.add(place)
+        found.append(place)
+    return found
+
+
+def test_a_run_changes_its_mixture_on_the_way_and_repeats_no_window(folder, consumed):
+    """Cut at the border, and taken on by one rank where two had read: in the order of the run that was not."""
+    assert ordered_hash(consumed["phased"]) == ordered_hash(consumed["phased-whole"])
+    read = windows_by_source(folder, consumed["phased"])
+    assert read[: 5 * BATCH] == [("web", number) for number in range(5 * BATCH)]
+    after = read[5 * BATCH :]
+    assert [number for name, number in after if name == "web"] == list(range(20, 25)), "a quarter, after what was read"
+    assert [number for name, number in after if name == "more"] == list(range(15))
+
+
+def test_a_mixture_that_is_to_come_may_still_change(folder, consumed):
+    """A run without phases gets one where it stands; it becomes, to the bit, the run that had it from its start."""
+    assert ordered_hash(consumed["later"]) == ordered_hash(consumed["phased-whole"])
+    assert weights(folder / "later") == weights(folder / "phased-whole")
+
+
+def test_a_branch_with_another_mixture_reads_on_in_every_source(folder, consumed):
+    read = windows_by_source(folder, consumed["whole"][: 8 * BATCH] + consumed["other"])
+    assert len(set(read)) == len(read) == 10 * BATCH
+    after = read[8 * BATCH :]
+    assert [number for name, number in after if name == "web"] == list(range(32, 36))
+    assert [number for name, number in after if name == "more"] == list(range(4))
+    lineage = json.loads((folder / "other" / "lineage.json").read_text())
+    said = "goes on at window 32 with another mixture: more 0.5, web 0.5 (was web 1)"
+    assert lineage["carried"]["data"] == said
+    assert lineage["history"] == [{"first": 0, "weights": {"web": 1.0}}]
+
+
+OTHER = ["data.mixture.web.weight=0.5", "data.mixture.more={{path: other, weight: 0.5}}"]
+PHASE = "data.phases=[{{at: {at}, mixture: {{web: {{path: {folder}/web, weight: 1.0}}}}}}]"
+
+
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("how", "overrides", "said"),
     [
-        ("data.mixture.web.weight=0.5", "data.mixture.web.weight: 1.0 -> 0.5"),
-        ("data.mixture.more={path: other, weight: 1.0}", "data.mixture.more: None -> "),
-        ("data.mixture.web.path=other", "data.mixture.web.path: "),
-        ("data.seed=4", "data.seed: 3 -> 4"),
-        ("data.sequence_length=16", "data.sequence_length: 32 -> 16"),
+        ("resume", OTHER, "data.mixture.web.weight: 1.0 -> 0.5"),
+        ("resume", OTHER, "data.mixture.more: None -> "),
+        ("resume", [PHASE], "data.phases: None -> "),
+        *(
+            (how, [override], said)
+            for how in ("resume", "branch that reads on")
+            for override, said in [
+                ("data.mixture.web.path=other", "data.mixture.web.path: "),
+                ("data.seed=4", "data.seed: 3 -> 4"),
+                ("data.sequence_length=16", "data.sequence_length: 32 -> 16"),
+            ]
+        ),
     ],
 )
-@pytest.mark.parametrize("how", ["resume", "branch that reads on"])
-def test_a_changed_blend_is_refused(folder, override, said, how):
-    overrides = [f"out={folder / 'whole'}", override]
+def test_a_changed_blend_is_refused(folder, how, overrides, said):
+    changes = [override.format(at=9 * STEP_TOKENS, folder=folder) for override in overrides]
+    stated = [f"out={folder / 'whole'}", *changes]
     if how != "resume":
         fork = f"{{parent: {folder / 'whole'}, at: {8 * STEP_TOKENS}, data: continue}}"
-        overrides = [f"out={folder / 'never'}", f"start.fork={fork}", "schedule.learning_rate=null", override]
+        stated = [f"out={folder / 'never'}", f"start.fork={fork}", "schedule.learning_rate=null", *changes]
     with pytest.raises(ConfigError) as refused:
-        plan_start(load_run(folder / "run.yaml", overrides))
+        plan_start(load_run(folder / "run.yaml", stated))
     assert said in str(refused.value)
 
 
@@ -168,11 +225,11 @@ def test_another_dataset_under_the_same_path_is_refused(folder, name):
 def test_a_cached_index_of_another_seed_is_not_used(folder, tmp_path):
     data = load_run(folder / "run.yaml").data
     build_train_dataset(data, EPOCH, tmp_path)
-    [mine] = tmp_path.iterdir()
+    [mine] = (path.parent for path in tmp_path.glob("*/shuffle_index.npy"))
     other = data.model_copy(update={"seed": 4})
     orders = [[window.documents for window in windows] for windows in (drawn(data, tmp_path), drawn(other, tmp_path))]
     assert orders[0] != orders[1], "one cache holds both"
-    [theirs] = (path for path in tmp_path.iterdir() if path != mine)
+    [theirs] = (path.parent for path in tmp_path.glob("*/shuffle_index.npy") if path.parent != mine)
     shutil.rmtree(mine)
     theirs.rename(mine)
     with pytest.raises(DataError, match="it holds the order .*'seed': 4.*, not .*'seed': 3.*fix: delete the directory"):

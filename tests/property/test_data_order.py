@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_octo.config.blends import Blend
 from megatron_octo.data.index.encode import Encoder, load_encoder
 from megatron_octo.data.index.train_tokenizer import SPECIAL_TOKENS, train_tokenizer
-from megatron_octo.data.mixture import order, windows_per_epoch
+from megatron_octo.data.mix.mixture import windows_per_epoch
+from megatron_octo.data.mix.order import order
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=8)
 
@@ -27,7 +29,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 @given(weights=WEIGHTS, windows=st.integers(1, 400), more=st.integers(0, 300))
 def test_shares_are_kept_and_longer_orders_start_alike(weights: list[float], windows: int, more: int) -> None:
     shares = (np.array(weights) / np.sum(weights)).tolist()
-    short, long = order(shares, windows), order(shares, windows + more)
+    blends = [Blend(0, {f"{place}": share for place, share in enumerate(shares)})]
+    short, long = order(blends, windows), order(blends, windows + more)
     assert np.array_equal(long.source[:windows], short.source) and np.array_equal(long.number[:windows], short.number)
     counts = np.bincount(short.source, minlength=len(shares))
     assert np.all(np.abs(counts - np.array(shares) * windows) <= len(shares))

@@ -79,6 +79,7 @@ def test_a_campaign_without_rl_ends_with_its_evaluation(tmp_path: Path) -> None:
         ("branches.long.parallel.data=3", ["global_batch", "not divisible"]),
         ("branches.short.mixture.shrot_cot=0.5", ["shrot_cot"]),
         ("stable.mixture={nowhere: 1}", ["nowhere"]),
+        ("branches.long.mixture.web=0.95", ["long.mixture", "sum to 1, these to 1.5; scaled", "long_cot: 0.333333333"]),
         ("branches.stable={}", ["stable"]),
         (f"branches.convert={BRANCH}", ["'convert'", "the campaign itself"]),
         (f"branches.stable-1={BRANCH}", ["'stable-1'", "the campaign itself"]),
@@ -104,7 +105,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, override: str, 
 def test_other_settings_need_another_directory(tmp_path: Path) -> None:
     settle_config(tmp_path, demo())
     with pytest.raises(ConfigError, match="branches.long.mixture.web: 0.45 -> 0.4;"):
-        run_campaign(DEMO, tmp_path, ["branches.long.mixture.web=0.40"])
+        run_campaign(DEMO, tmp_path, ["branches.long.mixture.web=0.40", "branches.long.mixture.instruction=0.10"])
 
 
 def test_status_of_a_fresh_directory(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from megatron_octo.checkpoint.retain import Policy, prune
 from megatron_octo.checkpoint.seal import seal, seal_digest
 from megatron_octo.checkpoint.store import read_facts
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.index.digest import content_digest, tokenizer_digest
+from megatron_octo.data.index.digest import tokenizer_digest
 from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.index.writer import write_indexed
+from megatron_octo.data.mix.identity import content_digest
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.schedule.fork import pinned_checkpoints
 from megatron_octo.train import start
@@ -94,7 +95,11 @@ def test_what_may_change(config, field, value):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("data.mixture.web.weight", 0.6, "data.mixture.web.weight: 0.7 -> 0.6"),
+        (
+            "data.mixture",
+            {"web": {"path": "web", "weight": 0.6}, "math": {"path": "math", "weight": 0.4}},
+            "data.mixture.math.weight: 0.3 -> 0.4; data.mixture.web.weight: 0.7 -> 0.6",
+        ),
         ("data.mixture.math.path", "other", "data.mixture.math.path: 'math' -> 'other'"),
         ("data.seed", 9, "data.seed: 0 -> 9"),
         ("data.sequence_length", 64, "data.sequence_length: 32 -> 64"),
@@ -132,7 +137,7 @@ def moved(tmp_path):
 
 
 def data_in(folder: Path) -> dict:
-    mixture = {name: {"path": str(folder / name), "weight": 1.0} for name in ("web", "math")}
+    mixture = {name: {"path": str(folder / name), "weight": 0.5} for name in ("web", "math")}
     return {"tokenizer": str(folder / "tokenizer"), "mixture": mixture, "sequence_length": 2}
 
 

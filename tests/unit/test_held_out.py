@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.held_out import HeldOut, open_held_out
 from megatron_octo.data.index.writer import write_indexed
+from megatron_octo.data.mix.held_out import HeldOut, open_held_out
 from megatron_octo.errors import DataError
 
 DOCUMENTS = [list(range(1, 8)), [8, 9], list(range(10, 24))]  # 23 tokens, 1 to 23 in file order

@@ -250,7 +250,7 @@ def test_a_branch_may_read_on_where_its_parent_was():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("seed", 5), ("sequence_length", 16), ("mixture", {"web": {"path": "web", "weight": 2}})]
+    ("field", "value"), [("seed", 5), ("sequence_length", 16), ("mixture", {"web": {"path": "other", "weight": 1}})]
 )
 def test_another_order_cannot_be_read_on(field, value):
     data = {**run("x").data.model_dump(mode="json"), field: value}

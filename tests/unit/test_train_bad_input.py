@@ -149,6 +149,7 @@ MISTAKES = [
     (["run.yaml", "data.mixture.web.weight=-0.5"], 2, ["data.mixture.web.weight = -0.5", "greater than 0"]),
     (["run.yaml", "data.mixture.web.weight=.nan"], 2, ["data.mixture.web.weight = nan", "finite"]),
     (["run.yaml", "data.mixture.web.weight=.inf"], 2, ["data.mixture.web.weight = inf", "finite"]),
+    (["run.yaml", "data.mixture.web.weight=0.5"], 2, ["data.mixture", "to 0.8; scaled", "math: 0.375, web: 0.625"]),
     (["run.yaml", "data.mixture.web.weight=much"], 2, ["data.mixture.web.weight = 'much'", "number"]),
     (["run.yaml", "data.mixture.code.weight=1"], 2, ["'data.mixture.code.path' is missing"]),
     (["run.yaml", "data.mixture.code.path=web"], 2, ["'data.mixture.code.weight' is missing"]),
@@ -163,7 +164,11 @@ MISTAKES = [
     # going on with another run
     (["trained.yaml", "seed=1"], 2, ["trained", "seed: 0 -> 1", "restore"]),
     (["trained.yaml", "data.seed=1"], 2, ["data.seed: 0 -> 1"]),
-    (["trained.yaml", "data.mixture.web.weight=0.5"], 2, ["data.mixture.web.weight: 0.7 -> 0.5"]),
+    (
+        ["trained.yaml", "data.mixture.web.weight=0.5", "data.mixture.math.weight=0.5"],
+        2,
+        ["data.mixture.web.weight: 0.7 -> 0.5"],
+    ),
     (["trained.yaml", "data.sequence_length=16"], 2, ["data.sequence_length: 32 -> 16"]),
     (["trained.yaml", "schedule.learning_rate=2.0e-3"], 2, ["0.001", "0.002"]),
     (["trained.yaml", "schedule.kind=cosine"], 2, ["schedule"]),

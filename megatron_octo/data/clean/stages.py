@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.tasks import (
+    EXAMPLES,
     Bucket,
     Cleaning,
     Part,
@@ -80,7 +82,44 @@ def clean_stages(
     if same and same.near:
         tasks = [Bucket(number, len(parts)) for number in range(same.near.buckets)]
         stages += [stage(BUCKETS, tasks, search_bucket, whole), stage(CLUSTERS, [None], join_clusters, whole)]
-    return [*stages, stage(REMOVALS, parts, decide, whole)]
+    return [*stages, stage(REMOVALS, parts, decide, whole if same else own)]
+
+
+def clean_facts(facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[Any]]) -> dict[str, Any] | None:
+    """What the stages found, for a manifest and a report.
+
+    Args:
+        facts: of all stages of a build, by stage.
+        shards: as `clean_stages` got them.
+
+    Returns:
+        `corpora`: corpus -> documents, `removed` by reason and `leaks` by benchmark, over all its shards, also those
+        that a token budget makes needless; `examples` of removals, at most three of each reason; `touched`, documents
+        that agree with a question but not enough to be a leak, and examples of these; `recall`, where it was measured.
+        None where nothing was cleaned.
+    """
+    if REMOVALS not in facts:
+        return None
+    corpora: dict[str, dict[str, Any]] = {}
+    examples: dict[str, list[Any]] = {}
+    names = [name for name in shards for shard in shards[name] if shard.path]
+    for name, seen, left in zip(names, facts[SIGNATURES], facts[REMOVALS], strict=True):
+        own = corpora.setdefault(name, {"documents": 0, "removed": Counter(), "leaks": Counter()})
+        own["documents"] += seen["documents"]
+        own["removed"].update(left["removed"])
+        own["leaks"].update(left["leaks"])
+        for removal in left["examples"]:
+            examples.setdefault(removal["reason"], []).append(removal)
+    touched = [example for seen in facts[SIGNATURES] for example in seen.get("touched_examples", [])]
+    return {
+        "corpora": {
+            name: {**own, "removed": dict(own["removed"]), "leaks": dict(own["leaks"])} for name, own in corpora.items()
+        },
+        "examples": {reason: several[:EXAMPLES] for reason, several in examples.items()},
+        "touched": sum(seen.get("touched", 0) for seen in facts[SIGNATURES]),
+        "touched_examples": touched[:EXAMPLES],
+        "recall": facts[RECALL][0] if RECALL in facts else None,
+    }
 
 
 def open_shard(config: DataBuildConfig, shard: Any) -> Iterable[Any]:

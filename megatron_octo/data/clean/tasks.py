@@ -33,7 +33,8 @@ from megatron_octo.data.engine.stage import FILES, advance
 from megatron_octo.files import write_bytes
 
 _TOGETHER = 1 << 19  # characters of documents that are looked at together
-_EXAMPLES = 3  # removals of each reason that a task's facts show
+EXAMPLES = 3
+"""Removals of each reason that facts show."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _Looking:
                 self._leaks.append(removal)
                 continue
             self._touched += 1
-            if len(self._near) < _EXAMPLES:
+            if len(self._near) < EXAMPLES:
                 self._near.append({**asdict(removal), "reason": shown.kind, "coverage": round(shown.coverage, 4)})
         return found
 
@@ -241,7 +242,7 @@ def decide(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     examples = [
         asdict(removal)
         for reason in (LEAK, EXACT, NEAR)
-        for removal in [removal for removal in removals if removal.reason == reason][:_EXAMPLES]
+        for removal in [removal for removal in removals if removal.reason == reason][:EXAMPLES]
     ]
     return {
         "removed": dict(sorted(Counter(removal.reason for removal in removals).items())),

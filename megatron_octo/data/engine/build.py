@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import differences
+from megatron_octo.data.clean.stages import clean_facts
 from megatron_octo.data.corpora.problems import Problem, build_world, problems, without_heldout
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
@@ -67,7 +68,7 @@ def build_data(
         plan.refuse_changes()
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
-        manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets)
+        manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, clean_facts(facts, plan.shards))
         publish(out, manifest, ["tokenizer", "problems", *_files(facts[JOIN])])
     return manifest
 

@@ -11,7 +11,7 @@ from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.data.engine.plan import FORMAT
 from megatron_octo.data.engine.publish import MANIFEST
 from megatron_octo.data.engine.stage import FILES
-from megatron_octo.data.index.pairs import read_index
+from megatron_octo.data.index.verify import check_hashes, verify_pair
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_directory, hash_file, read_json
 
@@ -20,7 +20,7 @@ _VERSIONS = ("megatron-core", "tokenizers", "numpy")
 
 def make_manifest(
     config: DataBuildConfig, inputs: dict[str, Any], tokenizer: dict[str, Any], sources: dict[str, dict[str, Any]],
-    problems: dict[str, dict[str, Any]],
+    problems: dict[str, dict[str, Any]], cleaning: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything a directory holds and follows from; no times and no machine: equal builds, equal manifests.
 
@@ -30,6 +30,7 @@ def make_manifest(
         tokenizer: facts of its task.
         sources: facts of each joined source.
         problems: count and hash of each split.
+        cleaning: what was left out and how well leaks are found; None where nothing is cleaned.
     """
     return {
         "format": FORMAT,
@@ -39,6 +40,7 @@ def make_manifest(
         "tokenizer": {"directory": "tokenizer", **_published(tokenizer)},
         "sources": {name: _published(facts) for name, facts in sources.items()},
         "problems": problems,
+        "cleaning": cleaning,
         "documents": sum(facts["documents"] for facts in sources.values()),
         "tokens": sum(facts["tokens"] for facts in sources.values()),
         "versions": {name: version(name) for name in _VERSIONS},
@@ -64,11 +66,11 @@ def verify_data(out: Path) -> dict[str, Any]:
     manifest = read_json(out / MANIFEST)
     if not isinstance(manifest, dict):
         raise DataError(f"{out / MANIFEST} does not exist or is damaged", "it is written last", "build the data")
+    tokenizer = manifest["tokenizer"]
     for name, facts in manifest["sources"].items():
-        read_index(out / name)
-        _check_hashes(out, facts["sha256"])
-    _check_hashes(out, {f"problems/{split}.jsonl": facts["sha256"] for split, facts in manifest["problems"].items()})
-    if hash_directory(out / "tokenizer") != manifest["tokenizer"]["sha256"]:
+        verify_pair(out / name, tokenizer["rows"], tokenizer["end_of_text"], facts)
+    check_hashes(out, {f"problems/{split}.jsonl": facts["sha256"] for split, facts in manifest["problems"].items()})
+    if hash_directory(out / "tokenizer") != tokenizer["sha256"]:
         raise DataError(f"{out / 'tokenizer'} was altered after it was written", fix="build the data again")
     return manifest
 
@@ -80,14 +82,3 @@ def intact_sources(out: Path, manifest: dict[str, Any]) -> frozenset[str]:
         for name, facts in manifest["sources"].items()
         if all((out / file).is_file() and hash_file(out / file) == known for file, known in facts["sha256"].items())
     )
-
-
-def _check_hashes(out: Path, hashes: dict[str, str]) -> None:
-    for name, expected in hashes.items():
-        path = out / name
-        if not path.is_file():
-            raise DataError(f"{path} does not exist", "the manifest lists it", "build the data again")
-        if hash_file(path) != expected:
-            raise DataError(
-                f"{path} was altered after it was written", "its hash is not the manifest's", "build the data again"
-            )

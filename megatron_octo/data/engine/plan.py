@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.data.clean.questions import benchmark_file
+from megatron_octo.data.clean.stages import REMOVALS, clean_stages
 from megatron_octo.data.corpora.files import input_path
 from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
@@ -48,6 +50,9 @@ class Plan:
         for where, file in config.problem_files.items():
             path = input_path(file, where)
             found[where] = {path.name: look_at(str(path))}
+        for name, benchmark in (config.decontaminate.against if config.decontaminate else {}).items():
+            path = benchmark_file(name, benchmark)
+            found[f"decontaminate.against.{name}"] = {path.name: look_at(str(path))} if path else {}
         if config.tokenizer.path is not None:
             directory = expand_path(config.tokenizer.path, "tokenizer.path")
             load_encoder(directory, config.index)
@@ -88,9 +93,16 @@ class Plan:
         read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
         tokenizer = {**base, "inputs": self._hashes(hashes, read)}
         stages = [Stage(TOKENIZER, [corpora], self._work(make_tokenizer), tokenizer)]
-        pieces = self._pieces(hashes, {**base, "tokenizer": hash_json(tokenizer)})
+        cleaning = clean_stages(config, self.shards, self.build.work, hashes)
+        removals = self._removals(cleaning)
+        pieces = self._pieces(hashes, {**base, "tokenizer": hash_json(tokenizer)}, removals)
         join = self._join(pieces, intact)
-        return [*stages, replace(pieces, skip=self._joined(pieces, join)), join]
+        return [*cleaning, *stages, replace(pieces, skip=self._joined(pieces, join)), join]
+
+    def _removals(self, cleaning: list[Stage]) -> dict[Shard, str]:
+        """The keys of the tasks that say what to leave out, by shard."""
+        calls = [call for stage in cleaning if stage.name == REMOVALS for call in calls_of(stage, self.build.work)]
+        return {call.task.shard: call.key for call in calls}
 
     def _joined(self, pieces: Stage, join: Stage) -> frozenset[int]:
         """Numbers of pieces that are not needed any more, for their corpus is there."""
@@ -109,19 +121,21 @@ class Plan:
     def _work(self, function: Callable[[Build, Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         return partial(function, self.build)
 
-    def _pieces(self, hashes: dict[str, str], made_from: dict[str, Any]) -> Stage:
+    def _pieces(self, hashes: dict[str, str], made_from: dict[str, Any], removals: dict[Shard, str]) -> Stage:
         tasks: list[Piece] = []
         for name, shards in self.shards.items():
             limited = self.build.config.budgets[name] is not None
             after = hash_json(self._hashes(hashes, [f"corpora.{name}"])) if limited else None
             first = len(tasks)
-            tasks += [self._piece(shard, hashes, first, after) for shard in shards]
+            tasks += [self._piece(shard, hashes, first, after, removals.get(shard)) for shard in shards]
         amounts = [self._amount(task) for task in tasks]
         return Stage(TOKENISE, tasks, self._work(tokenise), made_from, amounts, "tokens")
 
-    def _piece(self, shard: Shard, hashes: dict[str, str], first: int, after: str | None) -> Piece:
+    def _piece(
+        self, shard: Shard, hashes: dict[str, str], first: int, after: str | None, removals: str | None
+    ) -> Piece:
         file = look_at(shard.path) if shard.path else None
-        return Piece(shard, file, hashes.get(shard.path), first, after)
+        return Piece(shard, file, hashes.get(shard.path), first, after, removals)
 
     def _amount(self, task: Piece) -> float:
         """Bytes to read, or tokens to generate."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.data.clean.removals import read_removals
 from megatron_octo.data.corpora.read import Accounts, ShardReader
 from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, refuse_change
@@ -19,7 +20,7 @@ from megatron_octo.data.index.digest import TOKENIZER_FILES
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import pair_files
-from megatron_octo.data.index.tokenise import write_piece
+from megatron_octo.data.index.tokenise import without, write_piece
 from megatron_octo.files import hash_directory, read_json
 
 TOKENISE = "tokenise"
@@ -58,6 +59,7 @@ class Piece:
         sha256: what the file hashes to.
         first: number of the task of the corpus's first shard, to find what its earlier shards gave.
         after: hash over the whole corpus where the token budget may make this shard needless; else None.
+        removals: key of the task that says what to leave out; None where nothing is cleaned.
     """
 
     shard: Shard
@@ -65,6 +67,7 @@ class Piece:
     sha256: str | None
     first: int
     after: str | None
+    removals: str | None
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,15 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
         return {"needed": False}
     config, shard = build.config, piece.shard
     prefix = _piece_prefix(build, shard.corpus, shard.number)
-    reader, skipped = ShardReader(config, shard), {}
-    facts = write_piece(reader, prefix, load_encoder(build.result / "tokenizer", config.index), skipped, budget)
+    reader, skipped, removed = ShardReader(config, shard), {}, {}
+    documents = without(reader, read_removals(build.work, shard) if piece.removals else {}, removed)
+    facts = write_piece(documents, prefix, load_encoder(build.result / "tokenizer", config.index), skipped, budget)
     if piece.file is not None:
         refuse_change(piece.file)
     for reason, count in skipped.items():
         reader.accounts.skip(reason, count)
+    for reason, count in removed.items():
+        reader.accounts.remove(reason, count)
     return {**facts, "accounts": reader.accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
 
 

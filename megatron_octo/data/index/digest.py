@@ -1,20 +1,16 @@
-"""What tells a tokenizer or an indexed dataset from another, wherever it lies, and which tokens are none."""
+"""What tells one tokenizer from another, wherever it lies, and which tokens are none of it."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from megatron_octo.data.index.pairs import Index, bin_path, idx_path
 from megatron_octo.files import hash_file, hash_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 """Files of a tokenizer directory in Hugging Face form that say how text becomes tokens."""
-
-_STRETCHES, _STRETCH = 64, 4096
 
 
 def tokenizer_digest(directory: Path) -> str | None:
@@ -31,23 +27,3 @@ def stray_token(tokens: np.ndarray, vocabulary: int) -> int | None:
         return None
     largest, smallest = int(tokens.max()), int(tokens.min())
     return largest if largest >= vocabulary else smallest if smallest < 0 else None
-
-
-def content_digest(index: Index) -> dict[str, str]:
-    """What tells a dataset from another, wherever it lies.
-
-    Returns:
-        `index`: SHA-256 of the `.idx`, the lengths of all documents; and `tokens`: a `spot_digest` of the `.bin`, which
-        shows another text or tokenizer: to read all tokens at each start would take hours.
-    """
-    return {"index": hash_file(idx_path(index.prefix)), "tokens": spot_digest(bin_path(index.prefix))}
-
-
-def spot_digest(path: Path) -> str:
-    """SHA-256 of 64 stretches of 4 KiB from all over a file: of other content, or with a hole from a copy in part."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        for number in range(_STRETCHES):
-            file.seek(max(0, size - _STRETCH) * number // (_STRETCHES - 1))
-            digest.update(file.read(_STRETCH))
-    return digest.hexdigest()

@@ -17,8 +17,10 @@ import numpy as np
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.data.index.pairs import token_dtype
 from megatron_octo.errors import DataError
+from megatron_octo.files import hash_file
 
 _BATCH = 512
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _THREADS = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
@@ -133,8 +135,14 @@ class ControlToken(Exception):
         super().__init__(f"text {place} holds control token {token}")
 
 
+_kept: dict[tuple[str, IndexConfig], Encoder] = {}
+
+
 def load_encoder(path: Path, index: IndexConfig | None = None) -> Encoder:
-    """Open a tokenizer.
+    """Open a tokenizer, or give the one this process opened last if its files and the rules are the same.
+
+    A worker comes here for every shard; a tokenizer of 128,000 entries takes half a second to open, and its table of
+    words is worth keeping.
 
     Args:
         path: a directory with `tokenizer.json` or `tokenizer.model`, or a SentencePiece `.model` file.
@@ -144,10 +152,20 @@ def load_encoder(path: Path, index: IndexConfig | None = None) -> Encoder:
         DataError: a file is missing or damaged, no end mark is named where the rules want one, or the tokenizer
             cannot keep to the rules.
     """
+    index = index or IndexConfig()
+    files = [path] if path.is_file() else [path / name for name in _FILES]
+    key = " ".join(hash_file(file) if file.is_file() else "-" for file in files), index
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = open_encoder(path, index)
+    return _kept[key]
+
+
+def open_encoder(path: Path, index: IndexConfig) -> Encoder:
+    """Open a tokenizer, see `load_encoder`, and do not keep it."""
     from megatron_octo.data.index.hugging_face import HuggingFaceEncoder
     from megatron_octo.data.index.sentence_piece import SentencePieceEncoder
 
-    index = index or IndexConfig()
     model = path if path.suffix == ".model" else path / "tokenizer.model"
     if model.is_file() and not (path / "tokenizer.json").is_file():
         return SentencePieceEncoder(model, index)
@@ -160,7 +178,7 @@ def vocabulary_of(path: Path) -> int:
     Raises:
         DataError: there is no readable tokenizer.
     """
-    return load_encoder(path, IndexConfig(eos="none", special_tokens="control")).rows
+    return open_encoder(path, IndexConfig(eos="none", special_tokens="control")).rows
 
 
 def settings_of(directory: Path) -> dict[str, Any]:

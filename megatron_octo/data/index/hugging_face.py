@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.data.index.encode import Encoder, settings_of
 from megatron_octo.data.index.pairs import token_dtype
-from megatron_octo.data.index.words import WordEncoder
+from megatron_octo.data.index.words import MODEL_SETTINGS, WordEncoder
 from megatron_octo.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 
 class HuggingFaceEncoder(Encoder):
@@ -29,18 +29,17 @@ class HuggingFaceEncoder(Encoder):
 
     def __init__(self, directory: Path, index: IndexConfig) -> None:
         path = directory / "tokenizer.json"
-        self._tokenizer, self._form = _load(path)
+        self._tokenizer = _load(path)
         self._tokenizer.encode_special_tokens = index.special_tokens == "text"
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         begin = self._mark(directory, "bos_token", None) if index.bos == "before_document" else None
         end = self._mark(directory, "eos_token", index.eos_token) if index.eos == "after_document" else None
-        control = self._special_tokens() if index.special_tokens == "text" else {}
+        form = form_of(self._tokenizer)
+        control = _special_tokens(path, form) if index.special_tokens == "text" else {}
         entries, rows = len(ids), max(ids.values()) + 1
-        self._words = WordEncoder.of(
-            self._tokenizer, self._form, token_dtype(entries, rows), index.special_tokens == "text"
-        )
+        self._words = WordEncoder.of(self._tokenizer, form, token_dtype(entries, rows), index.special_tokens == "text")
         super().__init__(path, entries, rows, control, begin, end)
 
     def decode(self, tokens: list[int]) -> str:
@@ -58,18 +57,6 @@ class HuggingFaceEncoder(Encoder):
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [self._stored(encoding.ids) for encoding in found]
 
-    def _special_tokens(self) -> dict[str, int]:
-        """Marks by their text; the unknown token is none of them, for unknown text does become it."""
-        model = self._form["model"]
-        unknown = model.get("unk_token")
-        if model.get("unk_id") is not None:
-            unknown = model["vocab"][model["unk_id"]][0]
-        return {
-            token["content"]: token["id"]
-            for token in self._form.get("added_tokens") or []
-            if token["special"] and token["content"] != unknown
-        }
-
     def _mark(self, directory: Path, name: str, text: str | None) -> int:
         if text is None:
             named = settings_of(directory).get(name)
@@ -85,8 +72,33 @@ class HuggingFaceEncoder(Encoder):
         return number
 
 
-def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """A tokenizer, and its file as JSON."""
+def form_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides how a tokenizer cuts a text, in the words of its file, without its vocabulary."""
+    model = tokenizer.model
+    steps = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer")}
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    return {
+        **{name: json.loads(step.__getstate__()) if step is not None else None for name, step in steps.items()},
+        "model": {"type": type(model).__name__, **{name: getattr(model, name, None) for name in MODEL_SETTINGS}},
+        "added_tokens": [{"id": number, **_plain(token)} for number, token in added],
+    }
+
+
+def _plain(token: AddedToken) -> dict[str, Any]:
+    return {name: getattr(token, name) for name in ("content", "special", "lstrip", "rstrip", "single_word")}
+
+
+def _special_tokens(path: Path, form: dict[str, Any]) -> dict[str, int]:
+    """Marks by their text; the unknown token is none of them, for unknown text does become it."""
+    unknown = form["model"]["unk_token"]
+    if form["model"]["type"] == "Unigram":  # the library does not say which it is
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        unknown = None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+    added = [token for token in form["added_tokens"] if token["special"] and token["content"] != unknown]
+    return {token["content"]: token["id"] for token in added}
+
+
+def _load(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if not path.is_file():
@@ -96,7 +108,6 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
             "name another directory, or convert it: AutoTokenizer.from_pretrained(old).save_pretrained(new)",
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        return Tokenizer.from_str(text), json.loads(text)
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises a bare Exception
         raise DataError(f"{path} is not a tokenizer ({error})", fix="restore the file") from None

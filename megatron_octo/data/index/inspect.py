@@ -5,41 +5,106 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.data.index.pairs import read_index
+import numpy as np
+
+from megatron_octo.config.index import IndexConfig
+from megatron_octo.data.index.encode import Encoder, load_encoder
+from megatron_octo.data.index.pairs import Index, check_present, stretches
+from megatron_octo.data.index.table import DocumentTable, docs_path
+from megatron_octo.data.index.verify import verify_pair
+from megatron_octo.data.index.writer import largest_token
+from megatron_octo.files import read_json
+
+_SHOWN = 300  # characters of a document
+_FREQUENT = 10
 
 
 def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict[str, Any]:
-    """Facts about a pair, for people.
+    """Check a pair and say what it holds.
 
     Args:
         prefix: path of the pair without suffix.
-        first: how many documents to show.
-        tokenizer: directory to decode with; by default `tokenizer/` beside the pair, if there.
+        first: how many documents to show: the first, the last, and others between them at equal distance.
+        tokenizer: directory or model file to decode with; by default `tokenizer/` beside the pair, if there.
 
     Returns:
-        documents, tokens, dtype, bytes, largest_token, shortest, longest and `first`: the first documents as text
-        (as token ids where there is no tokenizer).
+        documents, tokens, dtype, bytes, largest_token, shortest and longest document; `tokenizer`, `settings`, `code`,
+        `versions`, `inputs` and `source` from the manifest beside it, where there is one; `frequent`: the most
+        frequent tokens as text, count and share; `samples`: documents as place, id and text (token ids where there is
+        no tokenizer); `checked`: what was compared with what.
 
     Raises:
-        DataError: the pair is missing or damaged.
+        DataError: the pair is missing, damaged, or not as its manifest says.
     """
-    index = read_index(prefix)
-    directory = tokenizer or prefix.parent / "tokenizer"
-    shown: list[Any] = [index.document(number).tolist() for number in range(min(first, index.documents))]
-    if directory.is_dir():
-        from megatron_octo.data.index.encode import load_encoder
-
-        encoder = load_encoder(directory)
-        shown = [encoder.decode(tokens) for tokens in shown]
-    tokens = index.all_tokens()
-    return {
+    check_present(prefix)
+    manifest = read_json(prefix.parent / "manifest.json") or {}
+    facts = manifest.get("sources", {}).get(prefix.name)
+    made = manifest if facts is not None else {}
+    encoder = _encoder(prefix, tokenizer, made)
+    rows = encoder.rows if encoder else None
+    index, counts = verify_pair(prefix, rows, made.get("tokenizer", {}).get("end_of_text"), facts)
+    shortest, longest = _extremes(index)
+    told = {
         "prefix": str(prefix),
         "documents": index.documents,
         "tokens": index.tokens,
         "dtype": index.dtype.name,
-        "bytes": tokens.nbytes,
-        "largest_token": int(tokens.max()) if len(tokens) else None,
-        "shortest": int(index.lengths.min()) if index.documents else None,
-        "longest": int(index.lengths.max()) if index.documents else None,
-        "first": shown,
+        "bytes": index.tokens * index.dtype.itemsize,
+        "largest_token": largest_token(counts),
+        "shortest": shortest,
+        "longest": longest,
     }
+    if facts is not None:
+        told |= {name: made[name] for name in ("code", "versions", "tokenizer")}
+        told |= {"settings": made["settings"].get("index"), "source": facts}
+        told["inputs"] = made["inputs"].get(f"corpora.{prefix.name}")
+    told["frequent"] = _frequent(counts, encoder)
+    told["samples"] = [_sample(index, place, encoder) for place in _places(index.documents, first)]
+    against = ["the index"]
+    against += [f"{rows} rows of the tokenizer"] if rows else []
+    against += ["the manifest's hashes"] if facts is not None else []
+    told["checked"] = f"every token against {', '.join(against)}"
+    return told
+
+
+def _encoder(prefix: Path, tokenizer: Path | None, made: dict[str, Any]) -> Encoder | None:
+    path = tokenizer or prefix.parent / "tokenizer"
+    if tokenizer is None and not path.is_dir():
+        return None
+    rules = made.get("settings", {}).get("index")
+    return load_encoder(path, IndexConfig(**rules) if rules else IndexConfig(eos="none", special_tokens="control"))
+
+
+def _extremes(index: Index) -> tuple[int | None, int | None]:
+    parts = [(int(lengths.min()), int(lengths.max())) for lengths in stretches(index.lengths)]
+    return (min(low for low, _ in parts), max(high for _, high in parts)) if parts else (None, None)
+
+
+def _frequent(counts: np.ndarray, encoder: Encoder | None) -> list[dict[str, Any]]:
+    total = max(1, int(counts.sum()))
+    ids = [int(token) for token in np.argsort(-counts, kind="stable")[:_FREQUENT] if counts[token]]
+    return [
+        {
+            "token": encoder.decode([token]) if encoder else token,
+            "count": int(counts[token]),
+            "share": round(int(counts[token]) / total, 4),
+        }
+        for token in ids
+    ]
+
+
+def _places(documents: int, wanted: int) -> list[int]:
+    if wanted >= documents or wanted < 2:
+        return list(range(min(wanted, documents)))
+    return [number * (documents - 1) // (wanted - 1) for number in range(wanted)]
+
+
+def _sample(index: Index, place: int, encoder: Encoder | None) -> dict[str, Any]:
+    tokens = index.document(place).tolist()
+    found: dict[str, Any] = {"document": place, "tokens": len(tokens)}
+    if docs_path(index.prefix).is_file():
+        found["id"] = DocumentTable(docs_path(index.prefix)).id_of(place)
+    if encoder is None:
+        return {**found, "ids": tokens[:_SHOWN]}
+    text = encoder.decode(tokens)
+    return {**found, "text": text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"}

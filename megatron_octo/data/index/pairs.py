@@ -108,11 +108,12 @@ def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray) -> None:
             file.write(np.arange(first, min(first + _STRETCH, len(lengths) + 1), dtype="<i8").tobytes())
 
 
-def read_index(prefix: Path) -> Index:
+def read_index(prefix: Path, checked: bool = False) -> Index:
     """Open an index and check it against its token file.
 
     Args:
         prefix: path of the pair without suffix.
+        checked: whether another process has checked the pair just now; its documents are then not looked at.
 
     Returns:
         The index; takes the same memory for any number of documents.
@@ -120,7 +121,7 @@ def read_index(prefix: Path) -> Index:
     Raises:
         DataError: a file is missing, the index is empty, truncated or not an index, or the pair does not fit together.
     """
-    _check_present(prefix)
+    check_present(prefix)
     path = idx_path(prefix)
     with path.open("rb") as file:
         header, size = file.read(_HEADER.size), path.stat().st_size
@@ -144,14 +145,20 @@ def read_index(prefix: Path) -> Index:
         )
     )
     dtype = np.dtype(_DTYPES[code])
-    tokens = _check_documents(path, lengths, pointers, ends, dtype.itemsize)
-    stored, needed = bin_path(prefix).stat().st_size, tokens * dtype.itemsize
+    stored = bin_path(prefix).stat().st_size
+    tokens = stored // dtype.itemsize if checked else _check_documents(path, lengths, pointers, ends, dtype.itemsize)
+    needed = tokens * dtype.itemsize
     if stored != needed:
         raise damaged(bin_path(prefix), f"{stored} bytes, but {path.name} counts {tokens} tokens in {needed} bytes")
     return Index(prefix, dtype, lengths, pointers, tokens)
 
 
-def _check_present(prefix: Path) -> None:
+def check_present(prefix: Path) -> None:
+    """Check that both files of a pair are there.
+
+    Raises:
+        DataError: one is not; the message says how to name the pair.
+    """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             named = prefix.suffix in (".bin", ".idx")

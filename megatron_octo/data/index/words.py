@@ -29,7 +29,15 @@ _KEPT = 400_000  # words; about 80 MB
 _LONGEST = 64  # characters of a word that is kept
 _STRETCH = 1 << 18  # characters cut into words in one go
 
-_UNKNOWN_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
+MODEL_SETTINGS = (
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "unk_token",
+)
+"""Settings of a BPE model that a byte-level one does without; a tokenizer that sets one is not known here."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -70,12 +78,12 @@ class WordEncoder:
 
         Args:
             tokenizer: of the tokenizers library.
-            form: its `tokenizer.json`.
+            form: its `tokenizer.json`, or `form_of` it.
             dtype: type of a stored token.
             text: marks written in a text stay text: special tokens are not cut out.
         """
         expression, model, normalizer = _expression_of(form.get("pre_tokenizer")), form["model"], form.get("normalizer")
-        if expression is None or model["type"] != "BPE" or any(model.get(name) for name in _UNKNOWN_SETTINGS):
+        if expression is None or model["type"] != "BPE" or any(model.get(name) for name in MODEL_SETTINGS):
             return None
         if normalizer not in (None, {"type": "NFC"}):
             return None

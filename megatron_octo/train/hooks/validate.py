@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.held_out import HeldOut, open_held_out
+from megatron_octo.data.mix.held_out import HeldOut, open_held_out
 from megatron_octo.train.data import Batches
 from megatron_octo.train.facts import StepFacts
 from megatron_octo.train.forward import run_batches

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.digest import stray_token
 from megatron_octo.data.index.pairs import read_index
-from megatron_octo.data.mixture import windows_per_epoch
+from megatron_octo.data.mix.mixture import windows_per_epoch
 from megatron_octo.errors import DataError
 
 

@@ -1,0 +1,68 @@
+"""A build that deduplicates and decontaminates: what is left out, where it is accounted for, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clean_tools import config_of, questions, write_benchmark
+
+from megatron_octo.data.engine.build import build_data
+from megatron_octo.data.engine.manifest import verify_data
+from megatron_octo.data.index.encode import load_encoder
+from megatron_octo.data.index.pairs import read_index
+from megatron_octo.files import LOCK
+
+
+def _write(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _config(folder: Path) -> Any:
+    asked = questions(12, seed=3)
+    (folder / "web").mkdir()
+    _write(folder / "web" / "1.jsonl", ["one text", f"so: {asked[0]} and so on", "another text"])
+    _write(folder / "web" / "2.jsonl", ["ONE  text", "a third text"])
+    _write(folder / "qa.jsonl", ["another\ntext", f"Q: {asked[1]}", "a fourth text", f"Q: {asked[1]}"])
+    return config_of(
+        corpora={"web": {"path": str(folder / "web")}, "qa": {"path": str(folder / "qa.jsonl")}},
+        deduplicate={"near": {"buckets": 4}, "partitions": 3},
+        decontaminate={"against": {"made": write_benchmark(folder / "made.jsonl", asked)}, "measure": 6},
+    )
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.mark.timeout(120)
+def test_build_leaves_out_and_accounts(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    manifest = build_data(config, tmp_path / "one")
+    encoder = load_encoder(tmp_path / "one" / "tokenizer", config.index)
+    kept = {"web": ["one text", "another text", "a third text"], "qa": ["a fourth text"]}
+    for name, texts in kept.items():
+        index = read_index(tmp_path / "one" / name)
+        found = [encoder.decode(index.document(number).tolist()) for number in range(index.documents)]
+        assert [text.removesuffix(encoder.decode([encoder.end])) for text in found] == texts
+    accounts = {name: facts["accounts"] for name, facts in manifest["sources"].items()}
+    assert accounts["web"]["removed"] == {"exact_duplicate": 1, "leak": 1}
+    assert accounts["qa"]["removed"] == {"exact_duplicate": 1, "leak": 2}
+    for account in accounts.values():
+        assert account["read"] == account["documents"] + sum(account["removed"].values())
+    cleaning = manifest["cleaning"]
+    assert cleaning["corpora"]["qa"] == {
+        "documents": 4, "removed": {"exact_duplicate": 1, "leak": 2}, "leaks": {"made": 2}
+    }  # fmt: skip
+    assert [removal["document"] for removal in cleaning["examples"]["exact_duplicate"]] == [
+        "web/2.jsonl:1",
+        "qa/qa.jsonl:1",
+    ]
+    assert cleaning["examples"]["leak"][0]["other"] == "made/q0"
+    assert cleaning["recall"]["recall"]["verbatim"] == 1.0
+    assert list(manifest["inputs"]["decontaminate.against.made"]) == ["made.jsonl"]
+    assert build_data(config, tmp_path / "two", workers=2) == verify_data(tmp_path / "two") == manifest
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")

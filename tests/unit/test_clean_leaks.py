@@ -1,0 +1,212 @@
+"""Decontamination: what gives a question away, what only looks like it, and how well the two are told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clean_tools import clean, questions, write_benchmark
+
+from megatron_octo.config.clean import Decontaminate
+from megatron_octo.config.load import parse_config
+from megatron_octo.data.clean.index import LeakIndex
+from megatron_octo.data.clean.leaks import LEAKS, plant
+from megatron_octo.data.clean.measure import measure, table_lines
+from megatron_octo.data.clean.questions import KNOWN, Question, all_questions, read_questions
+from megatron_octo.data.clean.words import words_of
+from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.evaluate.problems import BENCHMARKS
+
+LONG = (
+    "Mira has 12 apples and finds 7 more of them on the way to the market. Every week she brings 3 boxes with 25 "
+    "apples each to the harbour, but the last one is always empty. How many apples does Mira have now?"
+)
+PHRASE = "written in the form $m/n$, where $m$ and $n$ are relatively prime positive integers. What is $m+n$?"
+
+
+def _config(**against: Any) -> Decontaminate:
+    return parse_config(Decontaminate, {"against": against or {"b": {"path": "b"}}}, "test")
+
+
+def _index(*texts: str, **settings: Any) -> LeakIndex:
+    config = _config().model_copy(update=settings)
+    return LeakIndex([Question(f"b/{number}", text) for number, text in enumerate(texts)], config)
+
+
+def _found(index: LeakIndex, text: str) -> str | None:
+    match = index.leak(words_of(text))
+    return match and index.questions[match.question].id
+
+
+@pytest.mark.timeout(120)
+def test_goal_on_generated_questions(tmp_path: Path) -> None:
+    """Recall 1 on verbatim, re-wrapped and embedded leaks, precision 0.99: the figures of this very table."""
+    facts = measure(_config(made=write_benchmark(tmp_path / "made.jsonl", questions(150))), seed=0)
+    assert set(facts["recall"]) == set(LEAKS)
+    for kind in ("verbatim", "rewrapped", "embedded", "markdown", "latex"):
+        assert facts["recall"][kind] == 1.0, facts["wrong"].get(kind)
+    assert facts["precision"] >= 0.99
+    assert 0.4 < facts["recall"]["numbers"] <= 1 and 0.5 < facts["recall"]["reordered"] <= 1
+    assert set(facts["false_positives"]) == {"template", "topic", "quote", "phrases"}
+    planted = facts["leaks"]["verbatim"]["made"]["planted"]
+    assert planted == 150 and "verbatim      made" in "\n".join(table_lines(facts))
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_planting_follows_from_its_seed() -> None:
+    some = [Question(f"b/{number}", text) for number, text in enumerate(questions(8))]
+    one, two, other = (list(plant(some, seed)) for seed in (0, 0, 1))
+    assert one == two != other
+    assert len({(planted.question.id, planted.kind) for planted in one}) == len(one)
+
+
+def test_share_of_ngrams_decides() -> None:
+    index = _index(LONG)
+    words = LONG.split()
+    assert _found(index, " ".join(words[:30])) == "b/0"
+    assert _found(index, " ".join(words[10:30])) is None and index.touched(words_of(" ".join(words[10:30])))
+    assert _found(_index(LONG, coverage=0.0), " ".join(words[10:30])) == "b/0"
+    assert not _index(LONG).touched(words_of(" ".join(words[10:22]))), "12 words are no evidence at all"
+
+
+def test_other_numbers_give_away_and_other_names_do_not() -> None:
+    varied = LONG.replace("12", "40").replace("7 more", "eleven more").replace("25", "8").replace("3 boxes", "9 boxes")
+    assert _found(_index(LONG), varied) == "b/0"
+    assert _found(_index(LONG, changed_numbers=None), varied) is None
+    named = varied.replace("Mira", "Ivo").replace("apples", "shells").replace("market", "pier").replace("week", "day")
+    assert _found(_index(LONG), named) is None
+    exercise = "What is the greatest common divisor of the two numbers {} and {} in base ten?"
+    assert _found(_index(exercise.format(12, 18)), exercise.format(35, 49)) is None
+    assert _found(_index(exercise.format(12, 18)), exercise.format(12, 18)) == "b/0"
+
+
+def test_common_phrases_are_no_evidence() -> None:
+    asked = [f"The {thing} of all {thing}s can be {PHRASE}" for thing in ("area", "length", "number")]
+    assert _found(_index(*asked), f"Here the answer is {PHRASE}") is None
+    assert _found(_index(*asked[:2]), f"Here the answer is {PHRASE}") is not None
+    for number, text in enumerate(asked):
+        assert _found(_index(*asked), text) == f"b/{number}"
+    assert _found(_index(*[f"{PHRASE}{' again' * n}" for n in range(4)]), PHRASE) is not None, "all it has are phrases"
+
+
+@pytest.mark.parametrize(
+    ("question", "document", "leaks"),
+    [
+        ("What is the remainder of 2004 divided by 12?", "so what is the remainder of 2004 divided by 12 here", True),
+        ("What is the remainder of 2004 divided by 12?", "what is the remainder of 2005 divided by 12?", False),
+        ("Find $x$ if the sum $x + 5 + y = 9$ and $y = 1$.", "find x if the sum x + 5 + y = 9 and y = 1, then", True),
+        ("Find $x$ if the sum $x + 5 + y = 9$ and $y = 1$.", "find x if the sum x + 5 - y = 9 and y = 1, then", False),
+        (r"Simplify $\sqrt{242}$.", "Q: Simplify $\\sqrt{242}$. A: $11\\sqrt{2}$", True),
+        (r"Simplify $\sqrt{242}$.", "3. Simplify \u221a242\n4. Simplify \u221a50", True),
+        (r"Simplify $\sqrt{242}$.", "You see how. Simplify $\\sqrt{242}$. Then go on.", True),
+        (r"Simplify $\sqrt{242}$.", "it is easy to simplify $\\sqrt{242}$ further", False),
+        (r"Simplify $\sqrt{242}$.", "Simplify $\\sqrt{243}$.", False),
+        (r"Simplify: $$\frac{3}{x}$$", "Here: Simplify: \\[\\dfrac{3}{x}\\] and so on", True),
+    ],
+)  # fmt: skip
+def test_short_questions(question: str, document: str, leaks: bool) -> None:
+    assert (_found(_index(question), document) is not None) == leaks
+
+
+def test_removals_name_the_question(tmp_path: Path) -> None:
+    asked = questions(40)
+    entry = write_benchmark(tmp_path / "made.jsonl", asked)
+    leak = f"Before it.\nQuestion: {asked[3]}\nAnswer: no."
+    corpora = {"a": [["clean text", leak, "more"], ["clean text", leak.upper()]], "b": [[leak, "other"]]}
+    found = clean(corpora, tmp_path / "work", decontaminate={"against": {"made": entry}, "measure": 5}, deduplicate={})
+    assert {name: (r.reason, r.other) for name, r in found.items()} == {
+        "a/0.jsonl:2": ("leak", "made/q3"),
+        "a/1.jsonl:1": ("exact_duplicate", "a/0.jsonl:1"),
+        "a/1.jsonl:2": ("leak", "made/q3"),
+        "b/0.jsonl:1": ("leak", "made/q3"),
+    }
+    assert words_of(found["a/0.jsonl:2"].excerpt).hashes[:8].tolist() == words_of(asked[3]).hashes[:8].tolist()
+    records = [json.loads(path.read_text())["facts"] for path in (tmp_path / "work/records/removals").iterdir()]
+    assert sum(facts["leaks"].get("made", 0) for facts in records) == 3
+    recall = json.loads((tmp_path / "work/records/recall/00000.json").read_text())["facts"]
+    assert recall["recall"]["verbatim"] == 1.0 and recall["leaks"]["verbatim"]["made"]["planted"] == 5
+
+
+def test_a_benchmark_that_changes_is_compared_again(tmp_path: Path) -> None:
+    asked = questions(4)
+    entry = write_benchmark(tmp_path / "made.jsonl", asked[:2])
+    settings = {"decontaminate": {"against": {"made": entry}, "measure": 0}}
+    corpora = {"a": [[asked[0], asked[3]]]}
+    assert list(clean(corpora, tmp_path / "work", **settings)) == ["a/0.jsonl:1"]
+    write_benchmark(tmp_path / "made.jsonl", asked[2:])
+    assert list(clean(corpora, tmp_path / "work", **settings)) == ["a/0.jsonl:2"]
+
+
+def test_absent_benchmark(tmp_path: Path) -> None:
+    missing = {"path": str(tmp_path / "missing.jsonl"), "like": "gsm8k"}
+    with pytest.raises(DataError, match=r"against.x: .*missing.jsonl is not there; .*fix: .*absent: ok"):
+        clean({"a": [["text"]]}, tmp_path / "work", decontaminate={"against": {"x": missing}})
+    unset = {"path": "${OCTO_NO_SUCH_PLACE}/x.jsonl", "like": "gsm8k"}
+    with pytest.raises(ConfigError, match="OCTO_NO_SUCH_PLACE is not set"):
+        all_questions(_config(x=unset))
+    config = _config(x={**missing, "absent": "ok"}, y={**unset, "absent": "ok"},
+                     made=write_benchmark(tmp_path / "made.jsonl", questions(3)))  # fmt: skip
+    assert all_questions(config)[1] == {"x": None, "y": None, "made": 3}
+    assert table_lines(measure(config, 0))[-1] == "not compared, for their files are absent: x, y"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no question"),
+        ('{"id": 1}\n', "no 'question'"),
+        ('{"question": " ", "id": 1}\n', "empty question"),
+        ("[1]", "entry 1: holds int"),
+        ("[{", "not JSON"),
+        ("no json\n", "line 1: not JSON"),
+    ],
+)
+def test_damaged_benchmarks_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_questions("b", _config(b={"path": str(path), "like": "gsm8k"}).against["b"])
+
+
+def test_known_benchmarks(tmp_path: Path) -> None:
+    assert set(BENCHMARKS) < set(KNOWN) and len(KNOWN) == 14
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"Question": "Is it?", "Canary String": "x"}]))
+    assert read_questions("gpqa", _config(gpqa={"path": str(path)}).against["gpqa"]) == [Question("gpqa/1", "Is it?")]
+    path.write_text(json.dumps({"Body": "He has 3 pens.", "Question": "How many?", "idx": 7}))
+    assert read_questions("svamp", _config(svamp={"path": str(path)}).against["svamp"]) == [
+        Question("svamp/7", "He has 3 pens. How many?")
+    ]
+    with pytest.raises(ConfigError, match="no known benchmark is named 'mine'.*fix: name its columns"):
+        read_questions("mine", _config(mine={"path": str(path)}).against["mine"])
+
+
+REAL = "OCTO_DATA is not set: GSM8K train was NOT compared with the benchmarks (folder with corpora/ and eval/)"
+
+
+@pytest.mark.timeout(120)
+def test_real_gsm8k_train_against_four_benchmarks(tmp_path: Path) -> None:
+    """No document of the train split holds a test question; two ask one with other numbers and one other noun."""
+    folder = os.environ.get("OCTO_DATA")
+    if not folder:
+        pytest.skip(REAL)
+    rows = [json.loads(line) for line in (Path(folder) / "corpora/gsm8k_train/train.jsonl").open(encoding="utf-8")]
+    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+    names = ("gsm8k", "math500", "amc23", "olympiad_bench")
+    against = {name: {"path": f"{folder}/eval/{name}/test.jsonl"} for name in names}
+    settings = {"decontaminate": {"against": against, "measure": 40}, "deduplicate": {"near": {}}}
+    found = clean({"gsm8k_train": [texts[:3000], texts[3000:]]}, tmp_path, **settings)
+    leaks = {name: removal.other for name, removal in found.items() if removal.reason == "leak"}
+    assert leaks == {
+        "gsm8k_train/0.jsonl:1315": "gsm8k/gsm8k-test-602",
+        "gsm8k_train/1.jsonl:2163": "gsm8k/gsm8k-test-602",
+    }
+    index = LeakIndex(all_questions(_config(**against))[0], _config(**against))
+    shares = [match.coverage for text in texts for match in index.touched(words_of(text)) if match.kind == "same"]
+    assert sorted(round(share, 2) for share in shares) == [0.1, 0.3, 0.54, 0.54], "no question is there whole"
+    recall = json.loads((tmp_path / "records/recall/00000.json").read_text())["facts"]
+    assert all(recall["recall"][kind] == 1.0 for kind in ("verbatim", "rewrapped", "embedded", "markdown", "latex"))
+    assert recall["precision"] >= 0.99
