@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_octo.cli import clean
 from megatron_octo.cli.shared import AsJson, print_facts, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Corpora to indexed datasets.")
+app.command("dedup")(clean.dedup)
+app.command("decontaminate")(clean.decontaminate)
 
 
 @app.command()
@@ -104,3 +107,35 @@ def verify(directory: Path) -> None:
 
     verify_data(directory)
     typer.echo(f"{directory}: every file is as its manifest says")
+
+
+@app.command("curate")
+def curate_command(
+    file: Path,
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    step: Annotated[
+        str | None, typer.Option(help="stop after sample, judge, train, classify or refine; all steps by default")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="shards read at the same time, each on one core")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample corpora, let a model judge the sample, train a classifier on it, keep what it likes, and refine that.
+
+    Answers are kept in OUT/answers as they come: killed at any moment, it goes on when given again and asks no
+    question twice. The key of an endpoint is read from the environment variable that the file names.
+
+    Example: octo data curate recipes/curation/megamath_web_pro_max.yaml --out curated --step judge
+    """
+    from megatron_octo.config.curate import CurateConfig
+    from megatron_octo.config.load import load_config
+    from megatron_octo.config.recipes import find_recipe
+    from megatron_octo.data.curate.run import curate
+
+    found = curate(load_config(CurateConfig, find_recipe(file, "curation")), out, step, workers)
+    steps = found.get("steps", found)
+    print_json(steps) if as_json else typer.echo("\n".join(_step(name, facts) for name, facts in steps.items()))
+
+
+def _step(name: str, facts: dict[str, Any]) -> str:
+    hidden = ("curve", "asked", "model", "sha256", "histogram", "files")
+    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if key not in hidden)

@@ -142,25 +142,16 @@ class Problems(Strict):
         return self
 
 
-class DataBuildConfig(Strict):
-    """Everything one data directory follows from."""
+class Inputs(Strict):
+    """What documents follow from: what is read, and what is left out while it is read."""
 
     seed: Seed = 0
-    tokenizer: TokenizerConfig
     world: WorldSource = WorldSource()
     corpora: dict[str, Corpus] = {}
     problems: Problems = Problems()
-    index: IndexConfig = IndexConfig()
-    deduplicate: Deduplicate | None = Field(default=None, description="within and across corpora")
-    decontaminate: Decontaminate | None = Field(default=None, description="against benchmarks")
     on_bad_line: Literal["strict", "skip"] = Field(
-        default="strict", description="a broken input line ends the build, or is left out and counted in the manifest"
+        default="strict", description="a broken input line ends the work, or is left out and counted in the manifest"
     )
-
-    @property
-    def sources(self) -> list[str]:
-        """Names of all sources: kinds of the world, then corpora."""
-        return [*self.world.tokens, *self.corpora]
 
     @property
     def problem_files(self) -> dict[str, InputFile]:
@@ -173,14 +164,32 @@ class DataBuildConfig(Strict):
         return files
 
     @model_validator(mode="after")
-    def _names_fit(self) -> DataBuildConfig:
-        if not self.sources:
-            raise ValueError("no sources: give world.tokens or corpora")
+    def _are_names(self) -> Inputs:
         for name in self.corpora:
             if not re.match(_NAME, name):
                 raise ValueError(f"corpora.{name}: a name is a file name of letters, digits, '_' and '-'")
             if name in self.world.tokens:
                 raise ValueError(f"corpora.{name}: the world already writes a source of this name")
+        return self
+
+
+class DataBuildConfig(Inputs):
+    """Everything one data directory follows from."""
+
+    tokenizer: TokenizerConfig
+    index: IndexConfig = IndexConfig()
+    deduplicate: Deduplicate | None = Field(default=None, description="within and across corpora")
+    decontaminate: Decontaminate | None = Field(default=None, description="against benchmarks")
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of all sources: kinds of the world, then corpora."""
+        return [*self.world.tokens, *self.corpora]
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> DataBuildConfig:
+        if not self.sources:
+            raise ValueError("no sources: give world.tokens or corpora")
         wanted = (self.tokenizer.train and self.tokenizer.train.corpora) or []
         unknown = [name for name in wanted if name not in self.sources]
         if unknown:

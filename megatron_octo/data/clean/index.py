@@ -35,7 +35,7 @@ _NUMBER_WORDS = (
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million"
 )
 _LABELS = rb"question|problem|exercise|example|task|prompt|user|human|q"
-_BEFORE = re.compile(rb"[\n.?!:;][\W_]*(?:(?:" + _LABELS + rb")?[\W_]*\d{0,4}[\W_]*)?\Z")
+_BEFORE = re.compile(rb"[\n.?!:;][\W_]*+(?:" + _LABELS + rb")?[\W_]*+\d{0,4}[\W_]*+\Z")
 _AFTER = re.compile(rb"[^\w.?!\n]*?(?:[.?!\n]|\$\$|\Z|(?:answer|solution|assistant|response|proof|a)\s*:)")
 
 

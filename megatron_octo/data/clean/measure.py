@@ -121,10 +121,15 @@ def table_lines(facts: dict[str, Any]) -> list[str]:
                 share = count["found"] / count["planted"]
                 lines.append(f"{kind:14}{name:18}{count['planted']:>10}{count['found']:>8}{share:>9.4f}")
     recall = ", ".join(f"{kind} {rate:.4f}" for kind, rate in facts["recall"].items())
-    absent = [name for name, count in facts["benchmarks"].items() if count is None]
     return [
         *lines,
         f"recall: {recall}",
         f"precision: {facts['precision']:.4f} (one common n-gram as the rule: {facts['any_ngram']['precision']:.4f})",
-        *([f"not compared, for their files are absent: {', '.join(absent)}"] if absent else []),
+        *absent_line(facts),
     ]
+
+
+def absent_line(facts: dict[str, Any]) -> list[str]:
+    """A line that names the benchmarks whose files are absent; none where all are there."""
+    absent = [name for name, count in facts["benchmarks"].items() if count is None]
+    return [f"not compared, for their files are absent: {', '.join(absent)}"] if absent else []

@@ -30,7 +30,16 @@ class Names:
 
 def read_names(path: Path, places: np.ndarray) -> list[str]:
     """The ids of the documents at some places of a shard."""
+    prefix, numbers = _read(path)
+    return [f"{prefix}:{number}" for number in numbers[places].tolist()]
+
+
+def read_numbers(path: Path) -> np.ndarray:
+    """The lines or rows of a shard's documents, in order; uint64 [documents]."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[str, np.ndarray]:
     with path.open("rb") as file:
         prefix = file.readline()[:-1].decode()
-        numbers = np.frombuffer(file.read(), "<u8")
-    return [f"{prefix}:{number}" for number in numbers[places].tolist()]
+        return prefix, np.frombuffer(file.read(), "<u8")

@@ -50,9 +50,10 @@ def benchmark_file(name: str, benchmark: Benchmark) -> Path | None:
 
     Raises:
         DataError: it is absent and may not be.
-        ConfigError: its path names an environment variable that is not set.
+        ConfigError: its path names an environment variable that is not set, or nothing says which columns it has.
     """
     where = f"decontaminate.against.{name}"
+    asked_of(name, benchmark)
     try:
         path = expand_path(benchmark.path, f"{where}.path")
     except ConfigError:

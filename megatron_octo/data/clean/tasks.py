@@ -104,10 +104,12 @@ def look(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     """Read a shard once: find its leaks, and leave what is needed to compare all other documents."""
     looking = _Looking(cleaning, part.number)
     try:
-        for documents in _together(cleaning.read(part.shard)):
-            looking.at(documents)
-            advance(len(documents))
-        return looking.finish()
+        documents = cleaning.read(part.shard)
+        for some in _together(documents):
+            looking.at(some)
+            advance(len(some))
+        accounts = getattr(documents, "accounts", None)
+        return {**looking.finish(), **({} if accounts is None else {"accounts": accounts.as_json()})}
     finally:
         looking.close()
 

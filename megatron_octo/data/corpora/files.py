@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.config.data import Corpus, DataBuildConfig, InputFile, expand, expand_path, variables_of
+from megatron_octo.config.data import Corpus, InputFile, Inputs, expand, expand_path, variables_of
 from megatron_octo.data.corpora.registry import Adapter
 from megatron_octo.errors import DataError
 
@@ -34,7 +34,7 @@ def input_path(file: InputFile, where: str) -> Path:
     raise DataError(what, file.hint, _fix(file.path, str(path)))
 
 
-def corpus_files(config: DataBuildConfig, name: str, adapter: Adapter) -> list[tuple[str, str]]:
+def corpus_files(config: Inputs, name: str, adapter: Adapter) -> list[tuple[str, str]]:
     """The files of a corpus in sorted order.
 
     Args:

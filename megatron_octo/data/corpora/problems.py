@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_octo.config.data import DataBuildConfig, InputFile, ProblemSet
+from megatron_octo.config.data import InputFile, Inputs, ProblemSet
 from megatron_octo.data.corpora.files import input_path
 from megatron_octo.data.corpora.lines import numbered_lines, parse_line, text_of
 from megatron_octo.data.corpora.render import BadRecord, gold_number, same_question
@@ -24,7 +24,7 @@ class Problem:
     answer: str
 
 
-def build_world(config: DataBuildConfig) -> World:
+def build_world(config: Inputs) -> World:
     """The world of a build.
 
     Raises:
@@ -39,7 +39,7 @@ def build_world(config: DataBuildConfig) -> World:
     return World(WorldConfig(**config.world.settings), config.seed)
 
 
-def problems(config: DataBuildConfig, split: str) -> list[Problem]:
+def problems(config: Inputs, split: str) -> list[Problem]:
     """The problems of one side.
 
     Args:

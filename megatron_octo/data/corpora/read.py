@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datatrove.data import Document
 
-from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora.lines import numbered_lines, parse_line, text_of
 from megatron_octo.data.corpora.problems import build_world, heldout_questions, problems
 from megatron_octo.data.corpora.registry import Adapter, Field, adapter_of
@@ -77,14 +77,15 @@ class ShardReader:
     Args:
         config: the build.
         shard: what to read.
+        keep: fields of the records, by their names in the files, that go into the documents' metadata where they are.
 
     Raises:
         DataError: on reading, a file that cannot be read, or a damaged record under the strict rule.
         ConfigError: the corpus's adapter or its fields are not what they can be.
     """
 
-    def __init__(self, config: DataBuildConfig, shard: Shard) -> None:
-        self._config, self._shard = config, shard
+    def __init__(self, config: Inputs, shard: Shard, keep: Sequence[str] = ()) -> None:
+        self._config, self._shard, self._keep = config, shard, keep
         self.accounts = Accounts()
 
     def __iter__(self) -> Iterator[Document]:
@@ -108,7 +109,8 @@ class ShardReader:
         for number, raw in self._records(adapter, names):
             accounts.read += 1
             try:
-                found = values(parse(raw))
+                record = parse(raw)
+                found = values(record)
                 text = adapter.render(*found)
             except BadRecord as problem:
                 self._damaged(number, problem)
@@ -119,13 +121,15 @@ class ShardReader:
                     accounts.remove(HELDOUT)
                     continue
                 accounts.documents += 1
-                yield Document(text, f"{prefix}{number}")
+                kept = {name: record[name] for name in self._keep if name in record}
+                yield Document(text, f"{prefix}{number}", metadata=kept)
 
     def _records(self, adapter: Adapter, names: dict[str, str]) -> Iterator[tuple[int, Any]]:
         shard = self._shard
         if is_parquet(shard.path):
             required = [names.get(item.name, item.name) for item in adapter.fields if not item.optional]
             optional = [names.get(item.name, item.name) for item in adapter.fields if item.optional]
+            optional += [name for name in self._keep if name not in (*required, *optional)]
             return numbered_rows(shard.path, required, optional, shard.part, shard.first)
         return numbered_lines(shard.path, shard.part, shard.first)
 

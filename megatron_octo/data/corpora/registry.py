@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora import render
 from megatron_octo.errors import ConfigError
 
@@ -253,7 +253,7 @@ def find_adapter(name: str, where: str) -> Adapter:
     return ADAPTERS[name]
 
 
-def adapter_of(config: DataBuildConfig, name: str) -> Adapter:
+def adapter_of(config: Inputs, name: str) -> Adapter:
     """The adapter of a corpus of a build.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora.files import corpus_files
 from megatron_octo.data.corpora.registry import adapter_of
 
@@ -35,7 +35,7 @@ def is_parquet(path: str) -> bool:
     return path.endswith(".parquet")
 
 
-def list_shards(config: DataBuildConfig, corpus: str) -> list[Shard]:
+def list_shards(config: Inputs, corpus: str) -> list[Shard]:
     """The shards of a source.
 
     Args:

@@ -58,7 +58,7 @@ def build_data(
         inputs = plan.inputs_by_field(hashes)
         intact: frozenset[str] = frozenset()
         if finished:
-            _refuse_other(out, "inputs", finished["inputs"], inputs)
+            refuse_other(out, "inputs", finished["inputs"], inputs)
             if _is_whole(out):
                 shutil.rmtree(out / WORK)
                 return finished
@@ -99,17 +99,22 @@ def claim(out: Path, config: DataBuildConfig) -> dict[str, Any] | None:
     """
     finished, settings = read_json(out / MANIFEST), config.model_dump(mode="json")
     if finished is not None:
-        _refuse_other(out, "settings", finished["settings"], settings)
+        refuse_other(out, "settings", finished["settings"], settings)
         return finished
     claimed = read_json(out / WORK / _CLAIM)
     if claimed is not None:
-        _refuse_other(out, "settings", claimed["settings"], settings)
+        refuse_other(out, "settings", claimed["settings"], settings)
     else:
         write_json(out / WORK / _CLAIM, {"settings": settings})
     return None
 
 
-def _refuse_other(out: Path, what: str, old: Any, new: Any) -> None:
+def refuse_other(out: Path, what: str, old: Any, new: Any) -> None:
+    """Check that a directory was made from the same values.
+
+    Raises:
+        ConfigError: it was not; differing fields are named.
+    """
     found = differences({what: old}, {what: new})
     if found:
         raise ConfigError(

@@ -1,0 +1,158 @@
+"""Files without their duplicates and leaks: the cleaning of a build on its own, with records as they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.data.clean.names import read_numbers
+from megatron_octo.data.clean.questions import benchmark_file
+from megatron_octo.data.clean.removals import read_removals, removals_path
+from megatron_octo.data.clean.stages import SIGNATURES, clean_facts, clean_stages, open_shard
+from megatron_octo.data.clean.tasks import Cleaning, Part
+from megatron_octo.data.corpora.lines import numbered_lines, open_input
+from megatron_octo.data.corpora.read import Accounts
+from megatron_octo.data.corpora.rows import numbered_rows
+from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards
+from megatron_octo.data.engine.build import claim, only_writer, refuse_other
+from megatron_octo.data.engine.executors import executor_of
+from megatron_octo.data.engine.inputs import inputs_stage, look_at, refuse_change
+from megatron_octo.data.engine.publish import RESULT, WORK, finish_publishing, publish
+from megatron_octo.data.engine.stage import FILES, Stage, run_stages
+from megatron_octo.errors import DataError
+from megatron_octo.files import hash_file, replacing
+
+_WRITE = "write"
+_LEVEL = 3
+_REMOVALS = "removals.jsonl"
+
+
+def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) -> dict[str, Any]:
+    """Write the records of some corpora that are neither duplicates nor leaks.
+
+    Killed at any moment, it goes on when called again; the result does not depend on the number of workers.
+
+    Args:
+        config: corpora, `deduplicate`, `decontaminate` and `on_bad_line` are what counts.
+        out: directory to write: `<corpus>/<shard>.jsonl.zst`, `removals.jsonl`, `manifest.json` (last).
+        workers: shards worked on at the same time, see `executor_of`.
+
+    Returns:
+        The manifest: `accounts` by corpus, `cleaning` as in the manifest of a build, `files` with size and hash.
+
+    Raises:
+        ConfigError: the directory holds another result, or a setting is not allowed.
+        DataError: an input is missing or broken, changes meanwhile, or the result was altered.
+        StageFailed: a worker process was killed.
+    """
+    out = out.absolute()
+    shards = {name: list_shards(config, name) for name in config.corpora}
+    benchmarks = config.decontaminate.against.items() if config.decontaminate else ()
+    paths = [shard.path for own in shards.values() for shard in own]
+    paths += [str(path) for name, one in benchmarks if (path := benchmark_file(name, one))]
+    seen = [look_at(path) for path in paths]
+    with only_writer(out) as lock, executor_of("local", workers, lock) as team:
+        finish_publishing(out)
+        finished, work, stage = claim(out, config), out / WORK, inputs_stage(seen)
+        facts = run_stages([stage], work, team)[stage.name]
+        hashes = {file.path: found["sha256"] for file, found in zip(stage.tasks, facts, strict=True)}
+        inputs = {path: hashes[path] for path in paths}
+        if finished:
+            refuse_other(out, "inputs", finished["inputs"], inputs)
+            _verify(out, finished)
+            shutil.rmtree(work)
+            return finished
+        stages = clean_stages(config, shards, work, hashes)
+        found = run_stages([*stages, _writing(config, work, stages)], work, team)
+        for file in seen:
+            refuse_change(file)
+        manifest = _manifest(config, inputs, found, shards)
+        manifest["files"] |= _gather(work, shards)
+        publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
+    return manifest
+
+
+def _writing(config: DataBuildConfig, work: Path, stages: list[Stage]) -> Stage:
+    removals = stages[-1]
+    cleaning = Cleaning(config, work, partial(open_shard, config))
+    return Stage(_WRITE, removals.tasks, partial(write_records, cleaning), removals.made_from)
+
+
+def write_records(cleaning: Cleaning, part: Part) -> dict[str, Any]:
+    """Write the records of a shard that stay, as JSON lines; a line is copied as it is."""
+    import zstandard
+
+    shard = part.shard
+    removals = read_removals(cleaning.work, shard)
+    numbers = np.delete(read_numbers(cleaning.path("ids", part.number)), list(removals))
+    path = cleaning.work / RESULT / shard.corpus / f"{shard.number:05}.jsonl.zst"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = set(numbers.tolist())
+    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    with replacing(path) as temporary, temporary.open("wb") as file, compressor.stream_writer(file) as stream:
+        for number, line in _records(shard):
+            if number in kept:
+                stream.write(line + b"\n")
+    return {"documents": len(kept), "sha256": hash_file(path), FILES: cleaning.files(path)}
+
+
+def _records(shard: Shard) -> Iterator[tuple[int, bytes]]:
+    if not is_parquet(shard.path):
+        for number, line in numbered_lines(shard.path, shard.part, shard.first):
+            yield number, line.rstrip(b"\r\n")
+        return
+    import pyarrow.parquet
+
+    with open_input(shard.path) as raw:
+        columns = pyarrow.parquet.read_schema(raw).names
+    for number, row in numbered_rows(shard.path, columns, (), shard.part, shard.first):
+        yield number, orjson.dumps(row, default=str)
+
+
+def _manifest(
+    config: DataBuildConfig, inputs: dict[str, str], facts: dict[str, list[dict[str, Any]]], shards: dict[str, Any]
+) -> dict[str, Any]:
+    cleaning = clean_facts(facts, shards)
+    assert cleaning is not None
+    accounts, files = {name: Accounts() for name in shards}, {}
+    every = [shard for own in shards.values() for shard in own]
+    for shard, seen, written in zip(every, facts[SIGNATURES], facts[_WRITE], strict=True):
+        accounts[shard.corpus] += Accounts(**seen["accounts"])
+        files[f"{shard.corpus}/{shard.number:05}.jsonl.zst"] = {
+            "from": shard.name, "documents": written["documents"], "sha256": written["sha256"]
+        }  # fmt: skip
+    for name, own in accounts.items():
+        for reason, count in cleaning["corpora"][name]["removed"].items():
+            own.remove(reason, count)
+    return {
+        "settings": config.model_dump(mode="json"),
+        "inputs": inputs,
+        "accounts": {name: own.as_json() for name, own in accounts.items()},
+        "cleaning": cleaning,
+        "files": files,
+    }
+
+
+def _gather(work: Path, shards: dict[str, list[Shard]]) -> dict[str, Any]:
+    """All removals in one file; returns its entry in the manifest."""
+    path = work / RESULT / _REMOVALS
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for shard in (shard for own in shards.values() for shard in own):
+            with removals_path(work, shard).open("rb") as part:
+                shutil.copyfileobj(part, file)
+    return {_REMOVALS: {"sha256": hash_file(path)}}
+
+
+def _verify(out: Path, manifest: dict[str, Any]) -> None:
+    for name, facts in manifest["files"].items():
+        if not (out / name).is_file() or hash_file(out / name) != facts["sha256"]:
+            raise DataError(
+                f"{out / name} is missing or was altered", "its hash is not the manifest's", f"delete {out}, run again"
+            )

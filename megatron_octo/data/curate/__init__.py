@@ -1,0 +1,1 @@
+"""Curation: a sample is judged by a language model, a classifier learns its judgement, and what it keeps is refined."""

@@ -1,0 +1,193 @@
+"""Many questions at the same time, shard after shard; each answer is in its log before it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.config.curate import Endpoint
+from megatron_octo.data.curate.answers import Answer, Log
+from megatron_octo.data.curate.client import CHARACTERS_PER_TOKEN, Client
+from megatron_octo.data.curate.prompts import Asked
+from megatron_octo.errors import OctoError
+from megatron_octo.progress import Progress
+from megatron_octo.units import format_duration, format_tokens
+
+_BETWEEN = 64  # questions already answered after which others get a turn
+
+
+@dataclass(frozen=True)
+class Pile:
+    """The documents of one shard that a model is asked about.
+
+    Args:
+        log: file of the answers.
+        texts: opens the documents: ids and texts, the same ones every time.
+        finish: called once all have an answer, in a thread of its own.
+    """
+
+    log: Path
+    texts: Callable[[], Iterable[tuple[str, str]]]
+    finish: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What questions will cost, about, as far as that can be known before the first answer.
+
+    Args:
+        documents: how many.
+        tokens_in: of all prompts.
+        tokens_out: of all answers.
+    """
+
+    documents: int
+    tokens_in: int
+    tokens_out: int
+
+    @classmethod
+    def of(cls, asked: Asked, documents: int, characters: int, answer: float) -> Forecast:
+        """A forecast.
+
+        Args:
+            asked: prompt and settings.
+            documents: to ask about.
+            characters: of all of them.
+            answer: characters of an answer to one document, about.
+        """
+        sent = min(characters, documents * asked.limit) + documents * len(asked.prompt)
+        most = documents * asked.settings["max_tokens"]
+        return cls(documents, sent // CHARACTERS_PER_TOKEN, min(most, int(documents * answer) // CHARACTERS_PER_TOKEN))
+
+    def words(self, endpoint: Endpoint) -> str:
+        """The forecast for a person, with the time that the limits of an endpoint alone take."""
+        minutes = [
+            amount / limit
+            for amount, limit in (
+                (self.documents, endpoint.requests_per_minute),
+                (self.tokens_in + self.tokens_out, endpoint.tokens_per_minute),
+            )
+            if limit
+        ]
+        limits = f", {format_duration(60 * max(minutes))} or more at the limits per minute" if minutes else ""
+        tokens = f"about {format_tokens(self.tokens_in)} tokens in and {format_tokens(self.tokens_out)} out"
+        return f"{self.documents} documents for {endpoint.model}: {tokens}{limits}; answers already kept cost nothing"
+
+
+def ask_all(step: str, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, forecast: Forecast) -> None:
+    """Ask about all documents that have no answer yet.
+
+    Args:
+        step: what is done, for the progress bar.
+        piles: shards that are not finished.
+        asked: prompt and settings.
+        endpoint: the server.
+        forecast: of these piles.
+
+    Raises:
+        EnvironmentProblem: the server is down, does not take the key, or does not know the model. Answers are kept.
+        ConfigError: there is no key where there should be one.
+    """
+    client = Client(endpoint, asked)
+    print(f"{step}: {forecast.words(endpoint)}", file=sys.stderr, flush=True)
+    with Progress(step, forecast.documents, "documents", lines=True) as progress:
+        try:
+            asyncio.run(_Asking(piles, asked, endpoint, client, progress).run())
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """One error of several that came together: one for the user rather than a defect that followed from it."""
+    errors: list[BaseException] = []
+    for error in group.exceptions:
+        errors.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((error for error in errors if isinstance(error, OctoError)), errors[0])
+
+
+class _Open:
+    """A pile that is worked on."""
+
+    def __init__(self, pile: Pile) -> None:
+        self.pile, self.log = pile, Log(pile.log)
+        self.log.__enter__()
+        self.known = self.log.answered()
+        self.waiting, self.whole = 0, False
+
+
+class _Asking:
+    """One run over piles: a producer of questions, and as many askers as requests may be under way."""
+
+    def __init__(
+        self, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, client: Client, progress: Progress
+    ) -> None:
+        self._piles, self._asked, self._count = piles, asked, endpoint.concurrency
+        self._client, self._progress = client, progress
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=endpoint.concurrency)
+        self._open: set[_Open] = set()
+        self._began, self._new, self._tokens = time.monotonic(), 0, 0
+
+    async def run(self) -> None:
+        """Ask everything, and finish every pile."""
+        try:
+            async with self._client, asyncio.TaskGroup() as self._group:
+                self._group.create_task(self._produce())
+                for _ in range(self._count):
+                    self._group.create_task(self._consume())
+        finally:
+            for opened in self._open:
+                opened.log.close()
+
+    async def _produce(self) -> None:
+        async for question in self._questions():
+            await self._queue.put(question)
+        for _ in range(self._count):
+            await self._queue.put(None)
+
+    async def _questions(self) -> AsyncIterator[tuple[_Open, str, str, str]]:
+        for pile in self._piles:
+            opened = _Open(pile)
+            self._open.add(opened)
+            for seen, (document, text) in enumerate(pile.texts()):
+                if seen % _BETWEEN == 0:
+                    await asyncio.sleep(0)
+                message = self._asked.message(text)
+                key = self._asked.key(message)
+                if key in opened.known:
+                    self._progress.advance(1)
+                    continue
+                opened.known.add(key)
+                opened.waiting += 1
+                yield opened, key, document, message
+            opened.whole = True
+            self._finish(opened)
+
+    async def _consume(self) -> None:
+        while (question := await self._queue.get()) is not None:
+            opened, key, document, message = question
+            answer = await self._client.ask(message)
+            opened.log.add(key, document, answer)
+            opened.waiting -= 1
+            self._tell(answer)
+            self._finish(opened)
+
+    def _tell(self, answer: Answer) -> None:
+        self._new += 1
+        self._tokens += sum(answer.tokens)
+        spent = max(1e-9, time.monotonic() - self._began)
+        facts: dict[str, Any] = {"docs/s": self._new / spent, "tokens_per_second": self._tokens / spent}
+        if self._client.again:
+            facts["repeated"] = self._client.again
+        self._progress.advance(1, **facts)
+
+    def _finish(self, opened: _Open) -> None:
+        if not opened.whole or opened.waiting or opened not in self._open:
+            return
+        self._open.remove(opened)
+        opened.log.close()
+        self._group.create_task(asyncio.to_thread(opened.pile.finish))

@@ -1,0 +1,145 @@
+"""Scores of a language model for the documents of the sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from megatron_octo.data.curate.answers import Answer, Log
+from megatron_octo.data.curate.ask import Forecast, Pile, ask_all
+from megatron_octo.data.curate.parts import (
+    Curation,
+    Part,
+    all_left,
+    count,
+    left,
+    read_documents,
+    total,
+    write_documents,
+)
+from megatron_octo.data.curate.prompts import Asked, asked_of
+from megatron_octo.data.curate.sample import SAMPLE
+from megatron_octo.data.engine.stage import Executor, Stage, calls_of, run_calls
+
+FORMAT = 1
+JUDGE, JUDGED = "judge", "judged"
+
+_ANSWER = 700.0  # characters: a justification of at most a hundred words, and the score
+_MARKS = r"[\s*_`#>]*"
+_SCORE = re.compile(
+    rf"{_MARKS}final score{_MARKS}[:=]{_MARKS}<?([0-5])>?(?:\s*(?:/|out of)\s*5)?{_MARKS}\.?{_MARKS}", re.I
+)
+
+
+class NoScore(ValueError):
+    """An answer without a score that counts; the message says why."""
+
+
+def score_of(answer: str) -> int:
+    """The score in the last line of an answer.
+
+    Raises:
+        NoScore: the last line is not `Final score: <n>` with n from 0 to 5.
+    """
+    lines = [line for line in answer.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    found = _SCORE.fullmatch(last)
+    if found is not None:
+        return int(found[1])
+    raise NoScore("score is not a number from 0 to 5" if "final score" in last.lower() else "no final score line")
+
+
+def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], team: Executor) -> dict[str, Any]:
+    """Ask for a score of every document of the sample.
+
+    Args:
+        curation: the curation.
+        parts: all shards.
+        sample: what `draw_sample` returned.
+        team: who collects what was answered before.
+
+    Returns:
+        Counts: `documents`, `scores` by score, `unscored` by reason (they count as negative), `rejected` by reason,
+        `positive`, `shortened`, `tokens_in`, `tokens_out`; and under `parts` the facts of each shard.
+    """
+    judge, config = curation.config.judge, curation.config
+    assert judge is not None
+    endpoint = config.endpoint_of(judge)
+    asked = asked_of(judge, endpoint.model, "judge")
+    # Where a shard's sample changes so does its hash; an answer is found by what was asked.
+    tasks = [(part.number, part.shard, facts["sha256"]) for part, facts in zip(parts, sample["parts"], strict=True)]
+    stage = Stage(JUDGE, tasks, partial(collect, curation, asked), {"format": FORMAT, "asked": asked.as_json()})
+    calls = calls_of(stage, curation.work)
+    left_over = [place for place, call in enumerate(calls) if call.done(curation.work) is None]
+    piles = [
+        Pile(
+            curation.answers(JUDGE, parts[place].shard),
+            partial(_texts, curation, parts[place].number),
+            calls[place].perform,
+        )
+        for place in left_over
+        if sample["parts"][place]["documents"]
+    ]
+    if piles:
+        facts = [sample["parts"][place] for place in left_over]
+        forecast = Forecast.of(asked, total(facts, "documents"), total(facts, "characters"), _ANSWER)
+        ask_all(JUDGE, piles, asked, endpoint, forecast)
+    done = run_calls(stage, calls, curation.work, team)
+    names = ("documents", "scores", "unscored", "rejected", "shortened", "tokens_in", "tokens_out")
+    counts = {name: total(done, name) for name in names}
+    positive = sum(number for score, number in counts["scores"].items() if int(score) >= judge.positive_from)
+    return {**counts, "positive": positive, "asked": asked.as_json(), "parts": done, **all_left(done)}
+
+
+def _texts(curation: Curation, number: int) -> Iterator[tuple[str, str]]:
+    for record in read_documents(curation.file(SAMPLE, number, ".jsonl.zst")):
+        yield record["id"], record["text"]
+
+
+def collect(curation: Curation, asked: Asked, task: tuple[int, Any, str]) -> dict[str, Any]:
+    """Write the judged documents of one shard out of its answers."""
+    number, shard, _ = task
+    facts: dict[str, Any] = {
+        "documents": 0, "scores": {}, "unscored": {}, "rejected": {}, "shortened": 0, "tokens_in": 0, "tokens_out": 0,
+    }  # fmt: skip
+
+    def records() -> Iterator[dict[str, Any]]:
+        documents = read_documents(curation.file(SAMPLE, number, ".jsonl.zst"))
+        for record, answer in answered(Log(curation.answers(JUDGE, shard)), asked, documents, facts):
+            if answer.text is None:
+                count(facts["rejected"], why_not(answer))
+                continue
+            try:
+                score = score_of(answer.text)
+                count(facts["scores"], str(score))
+            except NoScore as reason:
+                score = None
+                count(facts["unscored"], str(reason))
+            yield {**record, "score": score}
+
+    path = curation.shard_file(JUDGED, number)
+    written = write_documents(path, records())
+    return {**facts, "sha256": written["sha256"], **left(curation, path)}
+
+
+def answered(log: Log, asked: Asked, documents: Any, facts: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Answer]]:
+    """Documents with their answers; counts `documents`, `shortened`, `tokens_in` and `tokens_out` on the way."""
+    index = log.index()
+    with log.open() as file:
+        for record in documents:
+            facts["documents"] += 1
+            facts["shortened"] += len(record["text"]) > asked.limit
+            answer = log.read(file, index[asked.key(asked.message(record["text"]))])
+            facts["tokens_in"] += answer.tokens[0]
+            facts["tokens_out"] += answer.tokens[1]
+            yield record, answer
+
+
+def why_not(answer: Answer) -> str:
+    """The reason for which a document has no answer, in words that do not depend on the document."""
+    if answer.failure is not None:
+        return f"no answer: {answer.failure}"
+    assert answer.error is not None
+    return answer.error.partition(":")[0]

@@ -1,0 +1,126 @@
+"""Files cleaned on their own: records as they are, accounts that add up, and what the command line says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from clean_tools import config_of, questions, write_benchmark
+from typer.testing import CliRunner, Result
+
+from megatron_octo.cli.root import app
+from megatron_octo.data.clean import files
+from megatron_octo.data.clean.files import clean_files
+from megatron_octo.errors import ConfigError, DataError, OctoError
+
+ASKED = questions(10, seed=9)
+
+
+def _octo(*arguments: object) -> Result:
+    found = CliRunner().invoke(app, ["data", *map(str, arguments)])
+    if found.exception and not isinstance(found.exception, OctoError | SystemExit):
+        raise found.exception
+    return found
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with zstandard.open(path, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _inputs(folder: Path) -> list[str]:
+    folder.mkdir()
+    lines = ['{"text": "one",  "year": 1}', '{"text": "two \u00e9", "n": [1]}', '{"text": " ONE"}', "{"]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [{"text": f"so: {ASKED[2]}"}, {"text": "three"}]
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\r\n" for row in rows))
+    table = pyarrow.table({"content": ["three", "four", "two e\u0301"], "score": [0.5, 1.5, 2.5]})
+    pyarrow.parquet.write_table(table, folder / "c.parquet")
+    return [str(folder / "a.jsonl"), str(folder / "b.jsonl.gz")]
+
+
+@pytest.mark.timeout(60)
+def test_dedup_over_files(tmp_path: Path) -> None:
+    plain = _inputs(tmp_path / "in")
+    against = f"made={tmp_path / 'made.jsonl'}"
+    rows = [{"question": text, "answer": "1", "id": str(number)} for number, text in enumerate(ASKED)]
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused = _octo("dedup", *plain, "--out", tmp_path / "out", "--against", against)
+    assert isinstance(refused.exception, ConfigError) and "no known benchmark is named" in str(refused.exception)
+    assert not (tmp_path / "out").exists()
+    against = against.replace("made=", "gsm8k=")
+    arguments = ("dedup", *plain, "--out", tmp_path / "out", "--against", against)
+    refused = _octo(*arguments)
+    assert isinstance(refused.exception, DataError) and "a.jsonl, line 4" in str(refused.exception)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(ConfigError, match="on_bad_line"):  # the directory is claimed for the strict rule
+        raise _octo(*arguments, "--skip-bad").exception or AssertionError
+    arguments = ("dedup", *plain, "--out", tmp_path / "lax", "--against", against, "--skip-bad")
+    done = _octo(*arguments)
+    assert done.exit_code == 0, done.exception
+    assert done.output.splitlines()[0].startswith("a: 2 of 4 records kept; left out: ")
+    assert done.output.splitlines()[1] == "b: 1 of 2 records kept; left out: 1 leak"
+    assert _read(tmp_path / "lax/a/00000.jsonl.zst") == [{"text": "one", "year": 1}, {"text": "two \u00e9", "n": [1]}]
+    assert _read(tmp_path / "lax/b/00000.jsonl.zst") == [{"text": "three"}]
+    manifest = json.loads((tmp_path / "lax/manifest.json").read_text())
+    for account in manifest["accounts"].values():
+        left = sum(account["skipped"].values()) + sum(account["removed"].values())
+        assert account["read"] == account["documents"] + left
+    removals = [json.loads(line) for line in (tmp_path / "lax/removals.jsonl").read_text().splitlines()]
+    assert [(r["document"], r["reason"], r["other"]) for r in removals] == [
+        ("a/a.jsonl:3", "exact_duplicate", "a/a.jsonl:1"),
+        ("b/b.jsonl.gz:1", "leak", "gsm8k/2"),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "lax").rglob("*.zst")}
+    assert _octo(*arguments).output == done.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what is there is not made again"
+    (tmp_path / "lax/removals.jsonl").write_text("")
+    altered = _octo(*arguments).exception
+    assert isinstance(altered, DataError) and "removals.jsonl is missing or was altered" in str(altered)
+
+
+@pytest.mark.timeout(60)
+def test_parquet_with_its_columns_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _inputs(tmp_path / "in")
+    folder = {"path": str(tmp_path / "in" / "b.jsonl.gz")}, {"path": str(tmp_path / "in" / "c.parquet")}
+    corpora = {"b": folder[0], "c": {**folder[1], "fields": {"text": "content"}}}
+    config = config_of(corpora=corpora, deduplicate={})
+    whole = clean_files(config, tmp_path / "whole")
+    assert _read(tmp_path / "whole/c/00000.jsonl.zst") == [
+        {"content": "four", "score": 1.5},
+        {"content": "two e\u0301", "score": 2.5},
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            clean_files(config, tmp_path / "again")
+    assert not (tmp_path / "again/manifest.json").exists()
+    assert clean_files(config, tmp_path / "again") == whole
+
+
+def test_measure_prints_and_writes_the_table(tmp_path: Path) -> None:
+    entry = write_benchmark(tmp_path / "test.jsonl", ASKED)
+    mix = {"tokenizer": {"train": {"vocabulary_size": 300}}, "corpora": {"a": {"path": "a"}}}
+    (tmp_path / "mix.yaml").write_text(json.dumps({**mix, "decontaminate": {"against": {"made": entry}}}))
+    done = _octo("decontaminate", "--mix", tmp_path / "mix.yaml", "--measure", "--out", tmp_path / "out", "--sample", 4)
+    assert done.exit_code == 0 and "recall: verbatim 1.0000, rewrapped 1.0000" in done.output
+    facts = json.loads((tmp_path / "out/recall.json").read_text())
+    assert facts["leaks"]["verbatim"]["made"] == {"planted": 4, "found": 4}
+    (tmp_path / "none.yaml").write_text(json.dumps(mix))
+    for arguments, message in (
+        (("decontaminate",), "give --against or --mix"),
+        (("decontaminate", "--against", "x=y"), "nothing to do"),
+        (("decontaminate", "--against", "x", "--measure"), "'x'; it has the form NAME=VALUE"),
+        (("decontaminate", "--against", "gsm8k=/no/such", "--measure"), "/no/such is not there"),
+        (("decontaminate", "a.jsonl", "--against", "gsm8k=y"), "--out is missing"),
+        (("decontaminate", "--mix", tmp_path / "none.yaml", "--measure"), "says nothing of decontaminate"),
+    ):
+        refused = _octo(*arguments).exception
+        assert isinstance(refused, OctoError) and message in str(refused), (arguments, refused)
