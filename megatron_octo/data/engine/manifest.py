@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_octo import __version__
 from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.data.corpora.registry import adapter_of
 from megatron_octo.data.engine.plan import FORMAT
 from megatron_octo.data.engine.publish import MANIFEST
 from megatron_octo.data.engine.stage import FILES
@@ -15,7 +16,7 @@ from megatron_octo.data.index.verify import check_hashes, verify_pair
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_directory, hash_file, read_json
 
-_VERSIONS = ("megatron-core", "tokenizers", "numpy")
+_VERSIONS = ("megatron-core", "tokenizers", "datatrove", "numpy")
 
 
 def make_manifest(
@@ -38,13 +39,21 @@ def make_manifest(
         "settings": config.model_dump(mode="json"),
         "inputs": inputs,
         "tokenizer": {"directory": "tokenizer", **_published(tokenizer)},
-        "sources": {name: _published(facts) for name, facts in sources.items()},
+        "sources": {name: {**_origin(config, name), **_published(facts)} for name, facts in sources.items()},
         "problems": problems,
         "cleaning": cleaning,
         "documents": sum(facts["documents"] for facts in sources.values()),
         "tokens": sum(facts["tokens"] for facts in sources.values()),
         "versions": {name: version(name) for name in _VERSIONS},
     }
+
+
+def _origin(config: DataBuildConfig, name: str) -> dict[str, Any]:
+    """Where a corpus is from and under what licence, as far as its adapter knows."""
+    if name not in config.corpora:
+        return {"origin": "generated"}
+    adapter = adapter_of(config, name)
+    return {"origin": adapter.hub or adapter.title, "licence": adapter.licence or None}
 
 
 def _published(facts: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class OnRay:
             while waiting or running:
                 while waiting and len(running) < limit:
                     place, call = waiting.popleft()
-                    running[remote.remote(call)] = place
+                    running[remote.remote(call, os.getcwd())] = place
                 (ready, *_), _ = ray.wait(list(running), num_returns=1)
                 place = running.pop(ready)
                 try:
@@ -83,6 +83,7 @@ class OnRay:
         return ray
 
 
-def _attempt(call: Call) -> tuple[str, Any]:
+def _attempt(call: Call, directory: str) -> tuple[str, Any]:
+    os.chdir(directory)  # paths in a configuration may be relative
     use_one_thread()
     return attempt(call)

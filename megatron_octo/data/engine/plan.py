@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,18 @@ from megatron_octo.data.corpora.files import input_path
 from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
 from megatron_octo.data.engine.stage import Stage, calls_of
-from megatron_octo.data.engine.tasks import TOKENISE, Build, Corpus, Piece, drop_pieces, join, make_tokenizer, tokenise
+from megatron_octo.data.engine.tasks import (
+    TOKENISE,
+    Build,
+    Corpus,
+    Piece,
+    Watched,
+    drop_pieces,
+    join,
+    make_tokenizer,
+    tokenise,
+    watch,
+)
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.files import hash_json
 
@@ -93,16 +105,28 @@ class Plan:
         read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
         tokenizer = {**base, "inputs": self._hashes(hashes, read)}
         stages = [Stage(TOKENIZER, [corpora], self._work(make_tokenizer), tokenizer)]
-        cleaning = clean_stages(config, self.shards, self.build.work, hashes)
+        cleaning = self._cleaning(hashes)
         removals = self._removals(cleaning)
         pieces = self._pieces(hashes, {**base, "tokenizer": hash_json(tokenizer)}, removals)
         join = self._join(pieces, intact)
         return [*cleaning, *stages, replace(pieces, skip=self._joined(pieces, join)), join]
 
+    def _cleaning(self, hashes: dict[str, str]) -> list[Stage]:
+        """The stages that find what to leave out; a file must be the same in all of them."""
+        found = []
+        for stage in clean_stages(self.build.config, self.shards, self.build.work, hashes):
+            files = [self._file(task.shard) if hasattr(task, "shard") else None for task in stage.tasks]
+            tasks = [Watched(task, file) for task, file in zip(stage.tasks, files, strict=True)]
+            found.append(replace(stage, tasks=tasks, work=partial(watch, stage.work)))
+        return found
+
+    def _file(self, shard: Shard) -> InputFile | None:
+        return self.files[f"corpora.{shard.corpus}"][shard.name] if shard.path else None
+
     def _removals(self, cleaning: list[Stage]) -> dict[Shard, str]:
         """The keys of the tasks that say what to leave out, by shard."""
         calls = [call for stage in cleaning if stage.name == REMOVALS for call in calls_of(stage, self.build.work)]
-        return {call.task.shard: call.key for call in calls}
+        return {call.task.task.shard: call.key for call in calls}
 
     def _joined(self, pieces: Stage, join: Stage) -> frozenset[int]:
         """Numbers of pieces that are not needed any more, for their corpus is there."""
@@ -128,17 +152,17 @@ class Plan:
             after = hash_json(self._hashes(hashes, [f"corpora.{name}"])) if limited else None
             first = len(tasks)
             tasks += [self._piece(shard, hashes, first, after, removals.get(shard)) for shard in shards]
-        amounts = [self._amount(task) for task in tasks]
+        parts = Counter(task.shard.path for task in tasks)
+        amounts = [self._amount(task) / (parts[task.shard.path] if task.file else 1) for task in tasks]
         return Stage(TOKENISE, tasks, self._work(tokenise), made_from, amounts, "tokens")
 
     def _piece(
         self, shard: Shard, hashes: dict[str, str], first: int, after: str | None, removals: str | None
     ) -> Piece:
-        file = look_at(shard.path) if shard.path else None
-        return Piece(shard, file, hashes.get(shard.path), first, after, removals)
+        return Piece(shard, self._file(shard), hashes.get(shard.path), first, after, removals)
 
     def _amount(self, task: Piece) -> float:
-        """Bytes to read, or tokens to generate."""
+        """Bytes of the file, or tokens to generate."""
         return task.file.bytes if task.file else self.build.config.budgets[task.shard.corpus] or 1
 
     def _join(self, pieces: Stage, intact: frozenset[str]) -> Stage:

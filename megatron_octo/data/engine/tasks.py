@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -152,7 +152,15 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
         reader.accounts.skip(reason, count)
     for reason, count in removed.items():
         reader.accounts.remove(reason, count)
+    _check_account(prefix, reader.accounts, facts["documents"])
     return {**facts, "accounts": reader.accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
+
+
+def _check_account(prefix: Path, accounts: Accounts, documents: int) -> None:
+    """Stop at a defect of our own: no record is ever lost without a word."""
+    out = sum(accounts.skipped.values()) + sum(accounts.removed.values())
+    if accounts.documents != documents or accounts.read != documents + out:
+        raise AssertionError(f"{prefix}: {accounts} do not add up to {documents} documents")
 
 
 def _piece_prefix(build: Build, corpus: str, number: int) -> Path:
@@ -176,18 +184,33 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
     Raises:
         DataError: the corpus has no documents, or fewer tokens than its budget.
     """
-    numbers = range(*corpus.pieces)
-    facts = [read_json(build.work / RECORDS / TOKENISE / f"{number:05}.json")["facts"] for number in numbers]
-    needed = [(number, found) for number, found in enumerate(facts) if found.get("needed", True)]
+    budget, needed, tokens = build.config.budgets[corpus.name], [], 0
+    for number in range(*corpus.pieces):
+        if budget is None or tokens < budget:  # another worker may have made more than these
+            needed.append(read_json(build.work / RECORDS / TOKENISE / f"{number:05}.json")["facts"])
+            tokens += needed[-1]["tokens"]
     prefix = build.result / corpus.name
-    joined = join_pieces(
-        [_piece_prefix(build, corpus.name, number) for number, _ in needed],
-        prefix,
-        build.config.budgets[corpus.name],
-        [found["blake3"] for _, found in needed],
-    )
-    accounts = sum((Accounts(**found["accounts"]) for _, found in needed), Accounts())
+    pieces = [_piece_prefix(build, corpus.name, number) for number in range(len(needed))]
+    joined = join_pieces(pieces, prefix, budget, [found["blake3"] for found in needed])
+    accounts = sum((Accounts(**found["accounts"]) for found in needed), Accounts())
+    _check_account(prefix, accounts, joined["documents"] + joined["beyond_budget"]["documents"])
     return {**joined, "accounts": accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A task of another room, and the file it reads as the build found it."""
+
+    task: Any
+    file: InputFile | None = field(compare=False)
+
+
+def watch(work: Callable[[Any], dict[str, Any]], watched: Watched) -> dict[str, Any]:
+    """Do a task of another room; its result counts only if its file did not change meanwhile."""
+    facts = work(watched.task)
+    if watched.file is not None:
+        refuse_change(watched.file)
+    return facts
 
 
 def drop_pieces(build: Build, corpus: Corpus) -> None:
