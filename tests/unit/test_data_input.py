@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from megatron_octo.config.data import DataBuildConfig, InputFile, expand_path
 from megatron_octo.config.load import parse_config
 from megatron_octo.data.corpora.files import input_path
-from megatron_octo.data.corpora.lines import numbered_lines
 from megatron_octo.data.corpora.problems import problems
 from megatron_octo.data.corpora.read import ShardReader
 from megatron_octo.data.corpora.render import BadRecord, gold_number, gsm8k
@@ -37,23 +35,6 @@ GSM8K = [
         "Question: It has 3 degrees, then 8 less. How warm is it?\nAnswer: 3-8=-5 degrees.\n\\boxed{-5}",
     ),
 ]  # fmt: skip
-
-BROKEN = {
-    b'{"text": "cut o': "not JSON",
-    b'{"text": "\xff"}': "not UTF-8 at byte 11",
-    b'\xef\xbb\xbf{"text": "x"}': "BOM",
-    b"": "the line is empty",
-    b'["text"]': "a JSON list and not an object",
-    b'{"body": "x"}': "no field 'text' (it has 'body')",
-    b'{"text": null}': "field 'text' is null",
-    b'{"text": 3}': "field 'text' is int",
-    b'{"text": " \\n"}': "field 'text' is empty",
-    b'{"text": "a\\u0000b"}': "holds a NUL character",
-    b'{"text": "a\0b"}': "holds a NUL byte",
-    b'{"text": "\\ud800"}': "half of a surrogate pair",
-    b"[" * 100_000: "not JSON",
-}
-
 
 ONE = {"c": {"path": "x"}}
 
@@ -99,39 +80,6 @@ def test_no_gold_number(answer: str) -> None:
 def test_gsm8k_without_gold_line_is_refused() -> None:
     with pytest.raises(BadRecord, match="#### number"):
         gsm8k("q", "it is 18")
-
-
-@pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:24].decode("latin-1"))
-def test_strict_names_file_and_line(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "good"}\r\n' + line + b'\n{"text": "last"}\n')
-    with pytest.raises(DataError) as caught:
-        list(_reader(path))
-    assert f"{path}, line 2: " in str(caught.value)
-    assert BROKEN[line] in str(caught.value)
-    assert "on_bad_line: skip" in caught.value.fix
-
-
-def test_skip_counts_and_names_lines(tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b"\n".join([b'{"text": "good"}', *BROKEN, b'{"text": "last"}']))
-    reader = _reader(path, "skip")
-    assert [(document.text, document.id) for document in reader] == [
-        ("good", "c/bad.jsonl:1"),
-        ("last", f"c/bad.jsonl:{len(BROKEN) + 2}"),
-    ]
-    assert sum(reader.accounts.skipped.values()) == len(BROKEN) == reader.accounts.read - 2
-    assert reader.accounts.first[0].startswith("bad.jsonl:2: not JSON")
-
-
-def test_gzip_and_gzip_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl.gz"
-    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(2000)))
-    path.write_bytes(whole)
-    assert sum(1 for _ in numbered_lines(str(path))) == 2000
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="cannot be read beyond line"):
-        list(_reader(path, "skip"))
 
 
 def test_missing_file_says_what_to_get_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,12 +51,12 @@ def corpus_files(config: Inputs, name: str, adapter: Adapter) -> list[tuple[str,
     """
     corpus, where = config.corpora[name], f"corpora.{name}"
     if corpus.path is None:
-        found = _hub_files(where, adapter)
-    elif "://" in (path := expand(corpus.path, f"{where}.path")):
-        found = _remote_files(where, path)
-    else:
-        found = _local_files(where, corpus, os.path.expanduser(path))
-    return found
+        return _hub_files(where, adapter)
+    path = expand(corpus.path, f"{where}.path")
+    if "://" in path and not path.startswith("file://"):
+        rule, fix = "fsspec reads it", f"reach it from this machine, or set {where}.path to a copy"
+        return _remote_files(where, path, rule, fix)
+    return _local_files(where, corpus, os.path.expanduser(path.removeprefix("file://")))
 
 
 def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]:
@@ -79,24 +79,20 @@ def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]
     return [(Path(os.path.relpath(one, root or ".")).as_posix(), one) for one in paths]
 
 
-def _remote_files(where: str, url: str) -> list[tuple[str, str]]:
+def _remote_files(where: str, url: str, rule: str, fix: str) -> list[tuple[str, str]]:
     import fsspec
 
-    protocol = url.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(url)
         found = _expanded(system, path)
     except Exception as error:  # each file system raises errors of its own
-        raise DataError(
-            f"{where}: {url} cannot be listed ({type(error).__name__}: {error})",
-            "it is read through fsspec",
-            f"reach it from this machine, or copy it and set {where}.path to the copy",
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"{where}: {url} cannot be listed ({reason})", rule, fix) from None
     if not found:
-        raise DataError(f"{where}: {url} holds no file of {_KINDS}", fix=f"set {where}.path to where the files are")
+        raise DataError(f"{where}: {url} holds no file of {_KINDS}", rule, fix)
     _refuse_unreadable(where, found)
     root = os.path.commonpath([os.path.dirname(one) for one in found])
-    return [(os.path.relpath(one, root), f"{protocol}://{one.lstrip('/')}") for one in found]
+    return [(os.path.relpath(one, root), system.unstrip_protocol(one)) for one in found]
 
 
 def _expanded(system: Any, path: str) -> list[str]:
@@ -110,7 +106,11 @@ def _expanded(system: Any, path: str) -> list[str]:
 def _hub_files(where: str, adapter: Adapter) -> list[tuple[str, str]]:
     if adapter.hub is None:
         raise DataError(f"{where} names no path", f"adapter {adapter.name} is a shape and no corpus", "set its path")
-    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}")
+    rule = f"without a path, {adapter.name} is read from the Hugging Face hub"
+    if adapter.gated:
+        rule += f", which gives it {adapter.gated}: HF_TOKEN tells who you are"
+    fix = f"set {where}.path to a copy: hf download --repo-type dataset {adapter.hub} --include {adapter.files!r}"
+    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}", rule, fix)
 
 
 def _refuse_unreadable(where: str, paths: list[str]) -> None:

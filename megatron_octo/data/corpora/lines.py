@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -14,23 +14,33 @@ import orjson
 import zstandard
 
 from megatron_octo.data.corpora.render import BadRecord
-from megatron_octo.errors import DataError
+from megatron_octo.errors import DataError, OctoError
 
 _CHUNK = 1 << 20
+_COMPRESSED = 1 << 14  # bytes of Zstandard that are expanded in one go, to whatever they hold
 _BOM = b"\xef\xbb\xbf"
 
 
 @contextmanager
 def open_input(path: str) -> Iterator[IO[bytes]]:
-    """Open a local file or a URL that fsspec knows, as it is, for reading."""
+    """Open a local file or a URL that fsspec knows, as it is, for reading.
+
+    Raises:
+        OSError: it cannot be read; of a URL, whatever went wrong, for each file system has errors of its own.
+    """
     if "://" not in path:
         with open(path, "rb", buffering=_CHUNK) as file:
             yield file
         return
     import fsspec
 
-    with fsspec.open(path, "rb") as file:
-        yield file
+    try:
+        with fsspec.open(path, "rb") as file:
+            yield file
+    except (OctoError, EOFError, zlib.error, zstandard.ZstdError, OSError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def numbered_lines(path: str, part: tuple[int, int] | None = None, first: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -50,8 +60,7 @@ def numbered_lines(path: str, part: tuple[int, int] | None = None, first: int = 
     number = first
     try:
         with open_input(path) as raw:
-            for line in _lines(raw, path, part):
-                number += 1
+            for number, line in enumerate(_lines(raw, path, part), first + 1):
                 yield number, line.removeprefix(_BOM) if number == 1 else line
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
@@ -61,19 +70,20 @@ def numbered_lines(path: str, part: tuple[int, int] | None = None, first: int = 
         ) from None
 
 
-def _lines(raw: IO[bytes], path: str, part: tuple[int, int] | None) -> Iterator[bytes]:
+def _lines(raw: IO[bytes], path: str, part: tuple[int, int] | None) -> Iterable[bytes]:
     if path.endswith(".gz"):
-        yield from io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)
-    elif path.endswith((".zst", ".zstd")):
-        yield from io.BufferedReader(_Zstandard(raw), _CHUNK)
-    elif part is None:
-        yield from raw
-    else:
-        raw.seek(part[0])
-        left = part[1] - part[0]
-        while left > 0 and (line := raw.readline()):
-            left -= len(line)
-            yield line
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)
+    if path.endswith((".zst", ".zstd")):
+        return io.BufferedReader(_Zstandard(raw), _CHUNK)
+    return raw if part is None else _lines_within(raw, part)
+
+
+def _lines_within(raw: IO[bytes], part: tuple[int, int]) -> Iterator[bytes]:
+    raw.seek(part[0])
+    left = part[1] - part[0]
+    while left > 0 and (line := raw.readline()):
+        left -= len(line)
+        yield line
 
 
 class _Zstandard(io.RawIOBase):
@@ -89,11 +99,11 @@ class _Zstandard(io.RawIOBase):
         while not self._left:
             rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             if rest or self._frame is None or self._frame.eof:
-                compressed = rest or self._raw.read(_CHUNK)
+                compressed = rest or self._raw.read(_COMPRESSED)
                 if not compressed:
                     return 0
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
-            elif not (compressed := self._raw.read(_CHUNK)):
+            elif not (compressed := self._raw.read(_COMPRESSED)):
                 raise EOFError("its last frame is cut short")
             self._left = memoryview(self._frame.decompress(compressed))
         count = min(len(buffer), len(self._left))
@@ -118,7 +128,7 @@ def parse_line(line: bytes, keys: tuple[tuple[str, bytes], ...] = ()) -> dict[st
     if type(record) is not dict:
         raise BadRecord(f"a JSON {type(record).__name__} and not an object")
     for key, quoted in keys:
-        if key in record and line.count(quoted) != 1:
+        if key in record and line.find(quoted) != line.rfind(quoted):
             _refuse_twice(line, key)
     return record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from datatrove.data import Document
@@ -13,7 +14,7 @@ from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora.lines import numbered_lines, parse_line, text_of
 from megatron_octo.data.corpora.problems import build_world, heldout_questions, problems
 from megatron_octo.data.corpora.registry import Adapter, Field, adapter_of
-from megatron_octo.data.corpora.render import BadRecord, Unsuitable, same_question
+from megatron_octo.data.corpora.render import BadRecord, Unsuitable, as_is, same_question
 from megatron_octo.data.corpora.rows import numbered_rows
 from megatron_octo.data.corpora.shard import Shard, is_parquet
 from megatron_octo.errors import DataError
@@ -103,26 +104,33 @@ class ShardReader:
         shard, accounts = self._shard, self.accounts
         adapter = adapter_of(self._config, shard.corpus)
         names = self._config.corpora[shard.corpus].fields
-        values, parse = _values(adapter, names), self._parse(adapter, names)
-        heldout = heldout_questions(problems(self._config, "heldout")) if adapter.question else frozenset()
+        parse, text_of_record = self._parse(adapter, names), _call(adapter, adapter.render, names)
+        asks_heldout = self._asks_heldout(adapter, names)
         prefix = f"{shard.corpus}/{shard.name}:"
         for number, raw in self._records(adapter, names):
             accounts.read += 1
             try:
                 record = parse(raw)
-                found = values(record)
-                text = adapter.render(*found)
+                text = text_of_record(record)
             except BadRecord as problem:
                 self._damaged(number, problem)
             except Unsuitable as rule:
                 accounts.skip(str(rule))
             else:
-                if heldout and adapter.question and same_question(adapter.question(*found)) in heldout:
+                if asks_heldout is not None and asks_heldout(record):
                     accounts.remove(HELDOUT)
                     continue
                 accounts.documents += 1
                 kept = {name: record[name] for name in self._keep if name in record}
                 yield Document(text, f"{prefix}{number}", metadata=kept)
+
+    def _asks_heldout(self, adapter: Adapter, names: dict[str, str]) -> Callable[[dict[str, Any]], bool] | None:
+        """Whether a record asks a question that nothing may be trained on; None where it cannot."""
+        if adapter.question is None or self._config.problems.heldout is None:
+            return None
+        heldout = heldout_questions(problems(self._config, "heldout"))
+        question = _call(adapter, adapter.question, names)
+        return lambda record: same_question(question(record)) in heldout
 
     def _records(self, adapter: Adapter, names: dict[str, str]) -> Iterator[tuple[int, Any]]:
         shard = self._shard
@@ -135,9 +143,9 @@ class ShardReader:
 
     def _parse(self, adapter: Adapter, names: dict[str, str]) -> Callable[[Any], dict[str, Any]]:
         if is_parquet(self._shard.path):
-            return dict
-        keys = tuple((key, f'"{key}"'.encode()) for key in (names.get(item.name, item.name) for item in adapter.fields))
-        return lambda line: parse_line(line, keys)
+            return _row
+        own = [names.get(item.name, item.name) for item in adapter.fields]
+        return partial(parse_line, keys=tuple((name, f'"{name}"'.encode()) for name in own))
 
     def _damaged(self, number: int, problem: BadRecord) -> None:
         shard = self._shard
@@ -153,13 +161,25 @@ class ShardReader:
             self.accounts.first.append(f"{shard.name}:{number}: {problem}")
 
 
-def _values(adapter: Adapter, names: dict[str, str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """What a record's fields hold, in the order of the adapter's, checked."""
+def _row(row: dict[str, Any] | BadRecord) -> dict[str, Any]:
+    if isinstance(row, BadRecord):
+        raise row
+    return row
+
+
+def _call(adapter: Adapter, function: Callable[..., str], names: dict[str, str]) -> Callable[[dict[str, Any]], str]:
+    """A function of an adapter's fields as a function of a record, which is checked."""
     fields = [(names.get(item.name, item.name), item) for item in adapter.fields]
-    if len(fields) == 1 and fields[0][1].text:
+    if function is as_is:
         name = fields[0][0]
-        return lambda record: (text_of(record, name),)
-    return lambda record: tuple(_value(record, name, item) for name, item in fields)
+        return lambda record: text_of(record, name)
+    return lambda record: _without_nul(function(*[_value(record, name, item) for name, item in fields]))
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:  # of a list or a turn, which nothing has looked at
+        raise BadRecord("the document holds a NUL character")
+    return text
 
 
 def _value(record: dict[str, Any], name: str, item: Field) -> Any:

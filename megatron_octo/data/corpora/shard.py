@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora.files import corpus_files
 from megatron_octo.data.corpora.registry import adapter_of
+from megatron_octo.errors import DataError
+
+PART = 256 << 20
+"""Bytes above which a local file is cut into parts of about this size, if its form allows it."""
+
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -36,18 +45,99 @@ def is_parquet(path: str) -> bool:
 
 
 def list_shards(config: Inputs, corpus: str) -> list[Shard]:
-    """The shards of a source.
+    """The shards of a source: its files in sorted order, large ones in parts.
+
+    A plain file of lines is cut between lines, and read once to count them; a parquet file between row groups. Files
+    that are compressed as a whole, or behind a URL, stay whole.
 
     Args:
         config: the build.
         corpus: name of a corpus, or a kind of generated text: that is one endless shard.
 
     Raises:
-        DataError: there are no files, or one of them is no corpus file.
+        DataError: there are no files, one of them is no corpus file, or it cannot be read.
         ConfigError: the corpus's adapter or its fields are not what they can be.
     """
     if corpus in config.world.tokens:
         return [Shard(corpus, 0, "")]
-    adapter = adapter_of(config, corpus)
-    files = corpus_files(config, corpus, adapter)
-    return [Shard(corpus, number, path, name=name) for number, (name, path) in enumerate(files)]
+    shards: list[Shard] = []
+    for name, path in corpus_files(config, corpus, adapter_of(config, corpus)):
+        for part, first in _parts(path):
+            shards.append(Shard(corpus, len(shards), path, part, first, name))
+    return shards
+
+
+def refuse_shared_files(config: Inputs, shards: dict[str, list[Shard]]) -> None:
+    """Check that no file is read in the same way by two corpora of a build; as question and as prose it may be.
+
+    Raises:
+        DataError: one is, under whatever name.
+    """
+    known: dict[tuple[str, str], str] = {}
+    for name, own in shards.items():
+        if name in config.world.tokens:
+            continue
+        way = f"{config.corpora[name].adapter} {sorted(config.corpora[name].fields.items())}"
+        for path in dict.fromkeys(shard.path for shard in own):
+            other = known.setdefault((path if "://" in path else os.path.realpath(path), way), name)
+            if other != name:
+                rule = "its documents would count twice"
+                raise DataError(f"corpora.{name} and corpora.{other} both read {path}", rule, "leave it to one of them")
+
+
+def _parts(path: str) -> list[tuple[tuple[int, int] | None, int]]:
+    """Parts of a file, each with the records before it."""
+    if "://" in path or not path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
+        return [(None, 0)]
+    try:
+        found = os.stat(path)
+        if found.st_size <= PART:
+            return [(None, 0)]
+        cut = _cut_rows if is_parquet(path) else _cut_lines
+        return list(cut(path, found.st_size, found.st_mtime_ns, PART))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error})", fix="make it readable, or fetch it again") from None
+
+
+@lru_cache
+def _cut_lines(path: str, size: int, modified: int, part: int) -> tuple[tuple[tuple[int, int], int], ...]:
+    found, lines = [], 0
+    with open(path, "rb") as file:
+        start = 0
+        while start < size:
+            file.seek(start + part - 1)
+            file.readline()
+            end = min(file.tell(), size)
+            found.append(((start, end), lines))
+            file.seek(start)
+            lines += sum(chunk.count(b"\n") for chunk in _chunks(file, end - start))
+            start = end
+    return tuple(found)
+
+
+def _chunks(file: object, left: int) -> Iterator[bytes]:
+    while left > 0 and (chunk := file.read(min(left, _CHUNK))):  # type: ignore[attr-defined]
+        left -= len(chunk)
+        yield chunk
+
+
+@lru_cache
+def _cut_rows(path: str, size: int, modified: int, part: int) -> tuple[tuple[tuple[int, int], int], ...]:
+    import pyarrow
+
+    from megatron_octo.data.corpora.rows import open_parquet
+
+    found, start, rows, held = [], 0, 0, 0
+    try:
+        with open_parquet(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no parquet file ({error})", fix="fetch it again") from None
+    share = size / max(1, sum(group.total_byte_size for group in groups))  # of what a group takes in the file
+    before = 0
+    for number, group in enumerate(groups):
+        held, rows = held + group.total_byte_size * share, rows + group.num_rows
+        if held >= part or number == len(groups) - 1:
+            found.append(((start, number + 1), before))
+            start, before, held = number + 1, rows, 0
+    return tuple(found) or (((0, 0), 0),)

@@ -13,7 +13,7 @@ from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.stages import REMOVALS, clean_stages
 from megatron_octo.data.corpora.files import input_path
-from megatron_octo.data.corpora.shard import Shard, list_shards
+from megatron_octo.data.corpora.shard import Shard, list_shards, refuse_shared_files
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
 from megatron_octo.data.engine.stage import Stage, calls_of
 from megatron_octo.data.engine.tasks import (
@@ -50,6 +50,7 @@ class Plan:
     def __init__(self, config: DataBuildConfig, out: Path) -> None:
         self.build = Build(config, out)
         self.shards = {name: list_shards(config, name) for name in config.sources}
+        refuse_shared_files(config, self.shards)
         self.files = self._files()
 
     def _files(self) -> dict[str, dict[str, InputFile]]:
