@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from megatron_octo.campaign.markup import Facts, absent, badge, certificate_badge, coloured, key, table
 from megatron_octo.campaign.palette import STABLE
-from megatron_octo.campaign.record import Branch, look
+from megatron_octo.campaign.record import Branch
 from megatron_octo.campaign.samples import Answer, Pair, sample_pairs
+from megatron_octo.page.markup import Facts, absent, badge, coloured, key, look, table
 
 
 def branch_samples_section(branch: Branch, colour: str) -> str:
@@ -57,6 +57,13 @@ _CERTIFICATE_COLUMNS = {
     "KL divergence": ("kl", "tiny"),
     "same greedy token": ("greedy_match", "percent"),
 }
+
+
+def certificate_badge(show: Facts, name: str) -> str:
+    """Whether a branch's converted model is proven."""
+    return badge(
+        look(show.values, f"branches/{name}/certificate/valid"), "certificate valid", "certificate INVALID", "none yet"
+    )
 
 
 def data_section(show: Facts) -> str:

@@ -9,8 +9,9 @@ from statistics import fmean, median
 from typing import Any
 
 from megatron_octo.campaign.machine import describe_machine
-from megatron_octo.campaign.record import Branch, Record, Run, look, look_number, number
+from megatron_octo.campaign.record import Branch, Record, Run, look_number, number
 from megatron_octo.campaign.samples import all_pairs
+from megatron_octo.page.markup import look
 
 FORMAT = 1
 """Version of report.json's layout."""

@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import io
-import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_octo.campaign.curves import MOST_POINTS, Series, rl_series, smooth, thin, training_series, window_for
 from megatron_octo.campaign.facts import layouts
-from megatron_octo.campaign.palette import GRID, INK, MUTED, SURFACE, branch_colours, themed
-from megatron_octo.campaign.record import Record, Run, look
+from megatron_octo.campaign.palette import branch_colours
+from megatron_octo.campaign.record import Record, Run
+from megatron_octo.page.drawing import HALF, WIDE, new_figure, styled
+from megatron_octo.page.markup import look
+from megatron_octo.page.palette import INK, MUTED, SURFACE
 from megatron_octo.units import format_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Arguments = ParamSpec("Arguments")
-Drawn = TypeVar("Drawn")
-
-_HALF = 4.7
-_STYLE = {
-    "font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False,
-    "svg.fonttype": "none", "svg.hashsalt": "octo",
-    "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.titlecolor": INK, "axes.titlesize": 9.5,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.linewidth": 0.7,
-    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.frameon": False, "legend.fontsize": 8.5,
-    "figure.constrained_layout.use": True,
-}  # fmt: skip
-
-
-def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
-    """Run a drawing function under the report's style; the process's own matplotlib settings stay as they are."""
-
-    @functools.wraps(draw)
-    def with_style(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn:
-        from matplotlib import rc_context
-
-        with rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return with_style
 
 
 @styled
@@ -55,7 +26,7 @@ def training_figure(record: Record, wide: bool) -> Figure | None:
     losses, rates = training_series(record, "loss"), training_series(record, "learning_rate")
     if not losses:
         return None
-    figure = _figure(11.2 if wide else _HALF, 4.9 if wide else 4.6)
+    figure = new_figure(WIDE if wide else HALF, 4.9 if wide else 4.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     _draw_losses(upper, record, losses, label_layouts=wide)
     for index, series in enumerate(rates):
@@ -76,7 +47,7 @@ def accuracy_figure(facts: dict[str, Any], kind: str) -> Figure | None:
     """Accuracy before and after RL with intervals, one pair of rows a branch; `kind` is greedy or sampled."""
     if not any(look(branch, f"{when}/{kind}/accuracy") is not None for branch, when in _measured(facts)):
         return None
-    figure = _figure(_HALF, 1.1 + 0.75 * len(facts["branches"]))
+    figure = new_figure(HALF, 1.1 + 0.75 * len(facts["branches"]))
     _draw_accuracy(figure.subplots(), facts, kind)
     return figure
 
@@ -87,7 +58,7 @@ def length_figure(facts: dict[str, Any]) -> Figure | None:
     lengths = [look(branch, f"{when}/sampled/response_length") for branch, when in _measured(facts)]
     if not any(length is not None for length in lengths):
         return None
-    figure = _figure(_HALF, 1.1 + 0.75 * len(facts["branches"]))
+    figure = new_figure(HALF, 1.1 + 0.75 * len(facts["branches"]))
     axes = figure.subplots()
     for row, (_, branch, colour) in enumerate(_rows(facts)):
         for when, offset in (("before", -0.19), ("after", 0.19)):
@@ -109,7 +80,7 @@ def rl_figure(record: Record, column: str, label: str, percent: bool = False) ->
     found = rl_series(record, column)
     if not found:
         return None
-    figure = _figure(_HALF, 3.0)
+    figure = new_figure(HALF, 3.0)
     axes = figure.subplots()
     for series in found:
         _curve(axes, series)
@@ -126,7 +97,7 @@ def rl_figure(record: Record, column: str, label: str, percent: bool = False) ->
 @styled
 def overview_figure(record: Record, facts: dict[str, Any]) -> Figure:
     """One wide picture: losses left, accuracy before and after RL right; an absent part is said in words."""
-    figure = _figure(10.0, 4.375)
+    figure = new_figure(10.0, 4.375)
     left, right = figure.subplots(1, 2, width_ratios=(1.65, 1))
     losses = training_series(record, "loss")
     if losses:
@@ -144,37 +115,6 @@ def overview_figure(record: Record, facts: dict[str, Any]) -> Figure:
         _say(right, "not evaluated yet")
     left.set_title("Mid-training loss: one stable stage, forked into decay branches", pad=18)
     return figure
-
-
-@styled
-def to_svg(figure: Figure, name: str, label: str) -> str:
-    """Inline SVG without outside references; ids carry `name` so that several fit one page; `label` is read aloud."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", svg)
-    svg = re.sub(
-        r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1), count=1
-    )
-    svg = re.sub(r'\bid="', f'id="{name}-', svg).replace("url(#", f"url(#{name}-")
-    svg = svg.replace('xlink:href="#', f'href="#{name}-').replace("'DejaVu Sans'", "system-ui")
-    return themed(re.sub(r"\n\s*", "\n", svg))
-
-
-@styled
-def to_png(figure: Figure) -> bytes:
-    """PNG at 160 dots an inch on white."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    return data.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _taking_turns(series: Series, index: int, all_series: list[Series]) -> Any:

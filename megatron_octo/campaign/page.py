@@ -10,6 +10,7 @@ from typing import Any
 from megatron_octo.campaign import figures
 from megatron_octo.campaign.appendix import (
     branch_samples_section,
+    certificate_badge,
     certificates_section,
     data_section,
     machine_section,
@@ -18,10 +19,12 @@ from megatron_octo.campaign.appendix import (
 )
 from megatron_octo.campaign.curves import window_for
 from megatron_octo.campaign.facts import LOSS_WINDOW, REWARD_WINDOW
-from megatron_octo.campaign.markup import Facts, absent, certificate_badge, coloured, key, listed, table
-from megatron_octo.campaign.palette import STABLE, branch_colours, style_sheet
-from megatron_octo.campaign.record import Record, look
+from megatron_octo.campaign.palette import STABLE, branch_colours
+from megatron_octo.campaign.record import Record
 from megatron_octo.campaign.tree import campaign_tree
+from megatron_octo.page.drawing import to_svg
+from megatron_octo.page.markup import Facts, absent, coloured, key, listed, look, table
+from megatron_octo.page.palette import style_sheet
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -39,7 +42,7 @@ def render_page(record: Record, values: dict[str, Any]) -> str:
     show = Facts(values)
     colours = branch_colours(list(values["branches"]))
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        colours=style_sheet(),
+        style=style_sheet(),
         title=escape(f"Campaign {values['name']}"),
         banner=_banner(values),
         summary=_summary(show),
@@ -158,7 +161,7 @@ def _training(record: Record, show: Facts, colours: dict[str, str]) -> str:
         "process layout."
     )
     drawn = "".join(
-        f'<div class="{name}">{figures.to_svg(figure, name, label)}</div>'
+        f'<div class="{name}">{to_svg(figure, name, label)}</div>'
         for name, figure in (("wide", wide), ("narrow", narrow))
     )
     return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>{_training_table(show, colours)}"
@@ -286,4 +289,4 @@ _RL_COLUMNS = {
 def _figure(figure: Any, name: str, title: str, label: str) -> str:
     if figure is None:
         return ""
-    return f"<figure><h3>{escape(title)}</h3>{figures.to_svg(figure, name, label)}</figure>"
+    return f"<figure><h3>{escape(title)}</h3>{to_svg(figure, name, label)}</figure>"

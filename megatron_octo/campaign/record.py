@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_octo.config.campaign import DIRECTORIES
+from megatron_octo.page.markup import look
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,6 @@ def number(value: Any) -> float | int | None:
     """The value if it is a finite number, else None."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if usable else None
-
-
-def look(values: Any, *paths: str) -> Any:
-    """The first value found under slash-separated paths of nested mappings, else None."""
-    for path in paths:
-        found = values
-        for part in path.split("/"):
-            found = found.get(part) if isinstance(found, dict) else None
-        if found is not None:
-            return found
-    return None
 
 
 def look_number(values: Any, *paths: str) -> float | int | None:

@@ -47,7 +47,8 @@ def picture(out: Path, path: Path) -> Path:
     Raises:
         DataError: `out` is not a campaign directory.
     """
-    from megatron_octo.campaign.figures import overview_figure, to_png
+    from megatron_octo.campaign.figures import overview_figure
+    from megatron_octo.page.drawing import to_png
 
     record = read_record(_directory(out))
     write_bytes(path, to_png(overview_figure(record, build_facts(record))))

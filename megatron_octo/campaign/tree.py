@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from megatron_octo.campaign.markup import Facts, badge, coloured
 from megatron_octo.campaign.palette import STABLE
-from megatron_octo.campaign.record import look
+from megatron_octo.page.markup import Facts, badge, coloured, look
 
 
 def campaign_tree(show: Facts, colours: dict[str, str], with_rl: bool) -> str:

@@ -5,21 +5,21 @@ import random
 import re
 import struct
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from page_tools import Page
 
 from megatron_octo.campaign import machine, report
 from megatron_octo.campaign import page as page_module
 from megatron_octo.campaign.curves import MOST_POINTS, smooth, thin
 from megatron_octo.campaign.facts import build_facts
-from megatron_octo.campaign.markup import FORMATS
 from megatron_octo.campaign.palette import branch_colours
 from megatron_octo.campaign.record import read_record
 from megatron_octo.errors import DataError
+from megatron_octo.page.markup import FORMATS
 
 STEP_TOKENS, STABLE_STEPS, BRANCH_STEPS = 1000, 40, 10
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" ${title} </pre>'
@@ -99,28 +99,6 @@ def fabricate(out: Path) -> Path:
         write_state(out, stage, float(number))
     write_state(out, "report", 0.0, "running")
     return out
-
-
-class Page(HTMLParser):
-    """What matters of a page: its tags, their attributes, the text of every stated fact."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.stated: list[tuple[str, str, str]] = []
-        self._fact: tuple[str, str] | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.tags.append((tag, values))
-        if "data-fact" in values:
-            self._fact = (str(values["data-fact"]), str(values["data-as"]))
-
-    def handle_data(self, data: str) -> None:
-        if self._fact is not None:
-            self.stated.append((*self._fact, data))
-            self._fact = None
 
 
 @pytest.fixture(scope="module")

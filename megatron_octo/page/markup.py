@@ -1,4 +1,4 @@
-"""Small pieces of HTML: escaped text, figures of the report with their place in report.json, tables."""
+"""Small pieces of HTML: escaped text, figures of a report with their place in its JSON, tables."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from megatron_octo.campaign.palette import variable
-from megatron_octo.campaign.record import look
+from megatron_octo.page.palette import variable
 from megatron_octo.units import format_bytes, format_duration, format_tokens
 
 FORMATS = {
@@ -22,11 +21,22 @@ FORMATS = {
     "tiny": lambda value: f"{value:.1e}" if value else "0",
     "text": str,
 }
-"""How a value of report.json is written on the page, by kind."""
+"""How a value of a report's JSON is written on its page, by kind."""
+
+
+def look(values: Any, *paths: str) -> Any:
+    """The first value found under slash-separated paths of nested mappings, else None."""
+    for path in paths:
+        found = values
+        for part in path.split("/"):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None:
+            return found
+    return None
 
 
 class Facts:
-    """Writes values of report.json; each carries its path (`data-fact`) and kind (`data-as`) and can be checked."""
+    """Writes values of a report's JSON; each carries its path (`data-fact`) and kind (`data-as`) and can be checked."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -35,7 +45,7 @@ class Facts:
         """One value as HTML.
 
         Args:
-            path: slash-separated keys into report.json.
+            path: slash-separated keys into the JSON.
             kind: one of `FORMATS`.
             absent: what to write when the value is null or missing.
         """
@@ -46,7 +56,7 @@ class Facts:
         return f'<span class="nb" data-fact="{escape(path)}" data-as="{kind}">{text}</span>'
 
     def has(self, path: str) -> bool:
-        """Whether report.json has a value there."""
+        """Whether the JSON has a value there."""
         return look(self.values, path) is not None
 
     def interval(self, path: str) -> str:
@@ -87,10 +97,3 @@ def absent(text: str) -> str:
 def listed(items: list[str]) -> str:
     """'a, b and c'."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
-
-
-def certificate_badge(show: Facts, name: str) -> str:
-    """Whether a branch's converted model is proven."""
-    return badge(
-        look(show.values, f"branches/{name}/certificate/valid"), "certificate valid", "certificate INVALID", "none yet"
-    )

@@ -1,0 +1,1 @@
+"""A finished data directory as one HTML page."""

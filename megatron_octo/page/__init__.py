@@ -1,0 +1,1 @@
+"""What every HTML page of the project shares: markup, colours, drawing, style sheet."""
