@@ -299,3 +299,55 @@ def test_the_result_may_go_to_another_file_system(tmp_path: Path) -> None:
         (Path(folder) / "data").mkdir()
         build_data(_config(tmp_path), tmp_path / "link")
         verify_data(Path(folder) / "data")
+
+
+# -- what is left out
+
+
+def _cleaned(folder: Path) -> DataBuildConfig:
+    """The same corpora, each of whose documents is there twice, without duplicates."""
+    config = _config(folder, deduplicate={})
+    for name in config.corpora:
+        path = folder / f"{name}.jsonl"
+        path.write_text(path.read_text() * 2)
+    return config
+
+
+def test_a_file_that_changes_while_duplicates_are_sought_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was noted of it is not used, though the file is itself again when the build is started again."""
+    from megatron_octo.data.clean import stages
+
+    config, changed = _cleaned(tmp_path), tmp_path / "two.jsonl"
+    plain, before = stages.look, changed.read_text()
+
+    def meddle(cleaning: Any, part: Any) -> dict[str, Any]:
+        if part.shard.corpus == "two":
+            changed.write_text(before.replace("some words", "same words", 7))
+        return plain(cleaning, part)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="two.jsonl changed while the build read it"):
+        patch.setattr(stages, "look", meddle)
+        build_data(config, tmp_path / "out")
+    changed.write_text(before)
+    facts = build_data(config, tmp_path / "out")["sources"]["two"]
+    assert facts["accounts"]["removed"] == {"exact_duplicate": LINES} and facts["documents"] == LINES
+    build_data(config, tmp_path / "fresh")
+    assert _files(tmp_path / "out") == _files(tmp_path / "fresh")
+
+
+def test_shards_that_other_workers_made_beyond_the_budget_leave_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(4):
+        (tmp_path / "many" / f"{number}.jsonl").write_text("".join(_line(str(number), n) for n in range(LINES)))
+    corpora = {"one": {"path": str(tmp_path / "one.jsonl")}, "many": {"path": str(tmp_path / "many"), "tokens": 900}}
+    config = _config(tmp_path, corpora=corpora)
+    manifest = build_data(config, tmp_path / "in order")
+    account = manifest["sources"]["many"]["accounts"]
+    assert account["read"] < 4 * LINES
+    monkeypatch.setattr(tasks, "_tokens_before", lambda build, piece, budget: 0)
+    assert build_data(config, tmp_path / "all at once") == manifest
+    assert _files(tmp_path / "all at once") == _files(tmp_path / "in order")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_octo.errors import ConfigError
-from megatron_octo.files import read_json, write_json
+from megatron_octo.files import write_json
 
 PAD = "<|pad|>"
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -40,8 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, out: Path) -> Pa
             f"{smallest} entries are taken by the 256 bytes and the special tokens",
             f"set it to at least {smallest}",
         )
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,6 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, out: Path) -> Pa
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         special_tokens=list(SPECIAL_TOKENS),
@@ -58,15 +58,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, out: Path) -> Pa
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BEGIN_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_max_length=_MODEL_MAX_LENGTH,
-    ).save_pretrained(str(out))
-    settings = out / "tokenizer_config.json"
-    # transformers 5 writes its own new name of this class, which transformers 4 does not know; both know this one.
-    write_json(settings, {**read_json(settings), "tokenizer_class": "PreTrainedTokenizerFast"})
+    # What transformers would save, without the seconds it takes to import it; versions 4 and 5 know this class.
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "backend": "tokenizers",
+        "bos_token": BEGIN_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": _MODEL_MAX_LENGTH,
+        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_json(out / "tokenizer_config.json", settings)
     return out
