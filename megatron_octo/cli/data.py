@@ -137,5 +137,13 @@ def curate_command(
 
 
 def _step(name: str, facts: dict[str, Any]) -> str:
-    hidden = ("curve", "asked", "model", "sha256", "histogram", "files")
-    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if key not in hidden)
+    hidden = ("curve", "asked", "model", "sha256", "histogram", "accounts", "first")
+    shown = {**facts.get("accounts", {}), **{key: value for key, value in facts.items() if value not in ({}, [])}}
+    return f"{name}: " + ", ".join(_fact(key, value) for key, value in shown.items() if key not in hidden and value)
+
+
+def _fact(name: str, value: Any) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, dict):
+        return f"{words} ({', '.join(f'{key} {number}' for key, number in value.items())})"
+    return f"{words} {value}"

@@ -17,7 +17,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from curate_tools import Reply, Request, either, good, judged, refined, serving, settings, text_of, write_corpus
+from typer.testing import CliRunner
 
+from megatron_octo.cli.root import app
 from megatron_octo.config.curate import CurateConfig
 from megatron_octo.config.data import Inputs
 from megatron_octo.config.load import parse_config
@@ -26,7 +28,7 @@ from megatron_octo.data.corpora.shard import list_shards
 from megatron_octo.data.curate.parts import read_documents
 from megatron_octo.data.curate.run import curate
 from megatron_octo.errors import ConfigError, DataError
-from megatron_octo.files import hash_file, write_json
+from megatron_octo.files import hash_file, hold, write_json
 
 DOCUMENTS = 800
 TREE = ("answers", "classifier", "corpus", "judged", "manifest.json")
@@ -135,6 +137,9 @@ def test_a_finished_directory_is_kept_from_other_settings_and_inputs(whole: Any,
 RUN = """
 import sys
 from pathlib import Path
+from typer.testing import CliRunner
+
+from megatron_octo.cli.root import app
 from megatron_octo.config.curate import CurateConfig
 from megatron_octo.config.load import load_config
 from megatron_octo.data.curate.run import curate
@@ -142,6 +147,7 @@ curate(load_config(CurateConfig, Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_killed_curation_asks_no_question_twice(whole: Any, tmp_path: Path) -> None:
     """Killed while it judges and while it refines; what is asked twice was under way, and the bytes are the same."""
@@ -185,7 +191,10 @@ def test_steps_one_by_one_and_a_changed_threshold(whole: Any, tmp_path: Path) ->
             assert list(found)[-1] == step and not (tmp_path / "out" / "manifest.json").exists()
         assert found["train"] == manifest["steps"]["train"]
         assert not server.requests
+        (tmp_path / "out" / ".work" / "result" / "corpus").mkdir()
+        (tmp_path / "out" / ".work" / "result" / "corpus" / "00009.jsonl.zst").write_text("of other settings")
         lower = curate(config(folder / "in", server, classify={"threshold": 0.05}), tmp_path / "out")
+    assert not (tmp_path / "out" / "corpus" / "00009.jsonl.zst").exists()
     classify = lower["steps"]["classify"]
     assert classify["kept"] > manifest["steps"]["classify"]["kept"]
     assert len(server.requests) == classify["kept"] - manifest["steps"]["classify"]["kept"]
@@ -216,3 +225,51 @@ def test_a_judge_that_likes_everything(whole: Any, tmp_path: Path) -> None:
     with serving(lambda *_: Reply("Final score: 5")) as server, pytest.raises(DataError, match=words):
         curate(config(folder / "in", server, sample=few), tmp_path / "out")
     assert len(server.requests) == 62
+
+
+def test_the_command(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, facts for people and machines, one line for a mistake; a sample needs no key."""
+    folder, _, _ = whole
+    file, out = tmp_path / "curation.yaml", tmp_path / "out"
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    only = dict.fromkeys(("train", "classify", "refine"))
+    few = {"documents_per_year": 20, "year_field": "timestamp"}
+    with serving(either) as server:
+        values = settings(folder / "in", server, **only, sample=few)
+        values["endpoint"]["key_variable"] = "SOME_KEY"
+        write_json(file, values)
+        said = _octo(file, out, "--step", "sample")
+        assert said.output.startswith("sample: read 801, documents 62, skipped (field 'text' is empty 1), years (0 2,")
+        assert isinstance(_octo(file, out).exception, ConfigError) and not server.requests
+        monkeypatch.setenv("SOME_KEY", "sk-abc123")
+        facts = json.loads(_octo(file, out, "--json").stdout)
+        assert facts["judge"]["documents"] == 62 == len(server.requests)
+    assert all(b"abc123" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert str(_octo(tmp_path / "none.yaml", out).exception).startswith(f"{tmp_path / 'none.yaml'}: no such file")
+
+
+def _octo(file: Path, out: Path, *options: str) -> Any:
+    return CliRunner().invoke(app, ["data", "curate", str(file), "--out", str(out), *options])
+
+
+def test_an_input_that_changes(tmp_path: Path) -> None:
+    """Between two runs: what followed from the old file is made anew. During one: refused. Two at a time: refused."""
+    write_corpus(tmp_path / "in", 60)
+    only = dict.fromkeys(("train", "classify", "refine"))
+    lines, out = tmp_path / "in" / "a.jsonl.gz", tmp_path / "out"
+    with serving(judged) as server:
+        curate(config(tmp_path / "in", server, **only), out, until="sample")
+        before = lines.read_bytes()
+        write_corpus(tmp_path / "in", 40)
+        shorter = curate(config(tmp_path / "in", server, **only), out, until="sample")
+        assert shorter["sample"]["documents"] == 40
+
+    def change(request: Request, times: int) -> Reply:
+        lines.write_bytes(before)
+        return judged(request)
+
+    with serving(change) as server, pytest.raises(DataError, match="a.jsonl.gz changed while the build read it"):
+        curate(config(tmp_path / "in", server, **only), out)
+    assert not (out / "manifest.json").exists()
+    with hold(out), pytest.raises(DataError, match="is being written by another process"):
+        curate(config(tmp_path / "in", None, **only), out)

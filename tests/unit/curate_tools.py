@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from aiohttp import web
 
 DOCUMENT = re.compile(r"document (\d+) ")
 
@@ -39,7 +42,6 @@ class Request:
     headers: dict[str, str]
     time: float
     path: str
-    answered: bool = False
 
 
 class Server:
@@ -48,74 +50,61 @@ class Server:
     def __init__(self, answer: Callable[[Request, int], Reply]) -> None:
         self.answer, self.requests = answer, []
         self.under_way = self.most = 0
-        self._lock = threading.Lock()
+        self._times: Counter[int] = Counter()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def times(self, number: int) -> int:
-        return sum(request.document == number for request in list(self.requests))
+        return self._times[number]
 
     def take(self, request: Request) -> Reply:
-        with self._lock:
-            self.requests.append(request)
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-            times = self.times(request.document) if len(self.requests) < 500 else 1
-        reply = self.answer(request, times)
-        time.sleep(reply.seconds)
-        return reply
-
-    def leave(self) -> None:
-        with self._lock:
-            self.under_way -= 1
+        self.requests.append(request)
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        self._times[request.document] += 1
+        return self.answer(request, self._times[request.document])
 
 
 @contextmanager
-def serving(answer: Callable[[Request, int], Reply]):
-    server = Server(answer)
+def serving(answer: Callable[[Request, int], Reply]) -> Iterator[Server]:
+    """A server in a thread of its own."""
+    server, loop = Server(answer), asyncio.new_event_loop()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    async def handle(asked: web.Request) -> web.Response:
+        body = json.loads(await asked.read())
+        message = body["messages"][0]["content"]
+        found = DOCUMENT.search(message)
+        number = int(found[1]) if found else -1
+        request = Request(number, message, body, dict(asked.headers), time.monotonic(), asked.path)
+        reply = server.take(request)
+        await asyncio.sleep(reply.seconds)
+        server.under_way -= 1
+        if reply.cut:
+            asked.transport.close()
+        content = reply.body if isinstance(reply.body, bytes) else json.dumps(_body(reply, message)).encode()
+        return web.Response(body=content, status=reply.status, headers=reply.headers)
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            message = body["messages"][0]["content"]
-            found = DOCUMENT.search(message)
-            number = int(found[1]) if found else -1
-            request = Request(number, message, body, dict(self.headers), time.monotonic(), self.path)
-            reply = server.take(request)
-            server.leave()
-            if reply.cut:
-                self.close_connection = True
-                return
-            content = reply.body if isinstance(reply.body, bytes) else json.dumps(_body(reply, message)).encode()
-            try:
-                self.send_response(reply.status)
-                for name, value in {**reply.headers, "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-                request.answered = True
-            except OSError:  # the client has gone
-                self.close_connection = True
+    async def start() -> web.AppRunner:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", handle)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        server.port = runner.addresses[0][1]
+        return runner
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Many(ThreadingHTTPServer):
-        request_queue_size = 256
-        daemon_threads = True
-
-    listener = Many(("127.0.0.1", 0), Handler)
-    server.port = listener.server_address[1]
-    threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    runner = loop.run_until_complete(start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
     try:
         yield server
     finally:
-        listener.shutdown()
-        listener.server_close()
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
 
 
 def _body(reply: Reply, message: str) -> Any:

@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from curate_tools import settings, write_corpus
+from curate_tools import settings, text_of, write_corpus
 from datatrove.data import Document
 
 from megatron_octo.config.curate import CurateConfig, Refine, Train
@@ -22,6 +21,7 @@ from megatron_octo.data.curate import train
 from megatron_octo.data.curate.answers import Answer
 from megatron_octo.data.curate.judge import NoScore, score_of
 from megatron_octo.data.curate.normalize import normalized
+from megatron_octo.data.curate.parts import Curation, random_number, read_documents, write_documents
 from megatron_octo.data.curate.refine import Unfit, refined_text
 from megatron_octo.data.curate.run import curate
 from megatron_octo.data.curate.sample import year_of
@@ -175,8 +175,7 @@ def test_the_recipe_is_the_papers() -> None:
 
 
 def _sampled(folder: Path, out: Path, workers: int | None = None, **changes: Any) -> dict[str, Any]:
-    values = settings(folder, **dict.fromkeys(("judge", "train", "classify", "refine")), **changes)
-    return curate(parse_config(CurateConfig, values, "file"), out, workers=workers)
+    return curate(parse_config(CurateConfig, settings(folder, **changes), "file"), out, "sample", workers)["sample"]
 
 
 def test_a_sample_is_uniform_within_each_year_and_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
@@ -186,23 +185,30 @@ def test_a_sample_is_uniform_within_each_year_and_the_same_for_any_number_of_wor
         curate(parse_config(CurateConfig, settings(tmp_path / "in"), "f"), tmp_path / "out", until="tokenise")
     found = _sampled(tmp_path / "in", tmp_path / "a", sample=few)
     assert found == _sampled(tmp_path / "in", tmp_path / "b", 2, sample=few)
-    facts = found["steps"]["sample"]
+    facts = found
     assert facts["years"] == {"0": 2, "2014": 199, "2015": 199, "2016": 200}
     assert facts["drawn"] == {"0": 2, "2014": 40, "2015": 40, "2016": 40}
     assert facts["accounts"]["skipped"] == {"field 'text' is empty": 1}
-    assert _sampled(tmp_path / "in", tmp_path / "c", sample=few, seed=8)["steps"]["sample"]["drawn"] == facts["drawn"]
+    assert _sampled(tmp_path / "in", tmp_path / "c", sample=few, seed=8)["drawn"] == facts["drawn"]
     with pytest.raises(DataError, match="no document has a year in field 'date'"):
         _sampled(tmp_path / "in", tmp_path / "d", sample={"documents_per_year": 5, "year_field": "date"})
-    # Over many seeds every document is drawn about as often as the others of its year.
-    rows = [(number, year) for number in range(300) for year in (2014,)]
-    times: Counter[int] = Counter()
-    for seed in range(200):
-        from megatron_octo.data.curate.parts import random_number
+    _check_draw(tmp_path, 40)
 
-        drawn = sorted(rows, key=lambda row: random_number(seed, "sample", f"web/a.jsonl.gz:{row[0]}"))[:60]
-        times.update(number for number, _ in drawn)
-    assert abs(np.mean([times[number] for number in range(300)]) - 40) < 1e-9
-    assert np.std([times[number] for number in range(300)]) < 1.3 * np.sqrt(200 * 0.2 * 0.8)
+
+def _check_draw(folder: Path, wanted: int) -> None:
+    """What was drawn has the smallest numbers of its year, and these are as good as random."""
+    drawn = [record for number in range(2) for record in
+             read_documents(folder / "a" / ".work" / "sample" / f"{number:05}.jsonl.zst")]  # fmt: skip
+    names = {2014 + n % 3: [] for n in range(3)}
+    for number in range(2, 600):
+        shard, line = ("a.jsonl.gz", number + 1) if number < 300 else ("b.parquet", number - 299)
+        names[2014 + number % 3].append(f"web/{shard}:{line}")
+    for year, members in names.items():
+        best = sorted(members, key=lambda name: random_number(7, "sample", name))[:wanted]
+        assert {record["id"] for record in drawn if record["year"] == year} == set(best)
+    values = [random_number(seed, "sample", name) / 2**64 for seed in range(50) for name in names[2014]]
+    counts = np.histogram(values, 20, (0, 1))[0]
+    assert ((counts - len(values) / 20) ** 2 / (len(values) / 20)).sum() < 43.8  # chi squared, 19 degrees, p = 0.001
 
 
 LINES = "".join(f"__label__{'positive' if n % 2 else 'negative'} common {'sum' if n % 2 else 'cart'} {n % 7}\n" for n in
@@ -214,7 +220,7 @@ def test_training_gives_the_same_bytes_and_is_repeated_at_a_lower_rate(
 ) -> None:
     lines = tmp_path / "train.txt"
     lines.write_text(LINES)
-    settings = Train(dimension=32, word_ngrams=2, buckets=5000, minimum_count=1, rate=0.4, epochs=2)
+    settings = Train(dimension=4, word_ngrams=1, minimum_count=1, rate=0.4, epochs=2)
     for name in ("a", "b"):
         assert train.fit(settings, lines, tmp_path / name, 3) == {"rate": 0.4, "failed_tries": 0}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -249,3 +255,43 @@ def test_what_is_no_classifier(tmp_path: Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "MALLOC_PERTURB_": "255"})
     with pytest.raises(DataError, match="knows the labels __label__good, __label__negative"):
         train.Classifier(tmp_path / "m.bin", "2")
+
+
+class _Odd:
+    """A model that says what it is told to."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def get_labels(self) -> list[str]:
+        return [train.POSITIVE, train.NEGATIVE]
+
+    def predict(self, line: str, k: int) -> Any:
+        return (train.NEGATIVE, train.POSITIVE), np.array([0.0, self.value])
+
+
+def test_probabilities_are_numbers_from_0_to_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train, "_load", lambda path, sha256: _Odd(float(sha256)))
+    assert train.Classifier(tmp_path, "1.00001").probability("sum") == 1.0
+    assert train.Classifier(tmp_path, "0.25").probability("sum") == 0.25
+    assert train.Classifier(tmp_path, "0.25").probability("") == 0.0
+    with pytest.raises(DataError, match="a number that is none"):
+        train.Classifier(tmp_path, "nan").probability("sum")
+
+
+def test_equal_texts_are_on_one_side_of_the_split(tmp_path: Path) -> None:
+    """Else it is measured on what it has learned by heart. Held-out classes keep their shares."""
+    curation = Curation(parse_config(CurateConfig, settings(tmp_path), "file"), tmp_path)
+    texts = [text_of(number) for number in range(300)]
+    records = [
+        {"id": f"web/a:{turn}-{number}", "text": text if turn else text.upper(), "score": 4 if number % 4 else None}
+        for turn in range(3) for number, text in enumerate(texts)
+    ]  # fmt: skip
+    write_documents(curation.shard_file("judged", 0), iter(records))
+    counts = train.write_lines(curation, [0], tmp_path)
+    held = {line.split(" ", 1)[1] for line in (tmp_path / "held_out.txt").read_text().splitlines()}
+    trained = [line.split(" ", 1)[1] for line in (tmp_path / "train.txt").read_text().splitlines()]
+    assert held and not held & set(trained)
+    assert 15 < len(held) < 45 and sum(counts["held_out"].values()) == 3 * len(held)
+    assert counts["held_out"]["positive"] > 1.5 * counts["held_out"]["negative"]
+    assert counts["trained"]["positive"] == counts["trained"]["negative"] == len(trained) // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 from megatron_octo.config.curate import Endpoint
@@ -33,7 +34,8 @@ class Breaker:
     """Keeps requests from a server that does not answer.
 
     After some failures in a row all requests pause; then a single one tries, again and again with a pause between,
-    until one succeeds or too many have failed. A server that asks for patience is given it, up to a limit.
+    until one succeeds or too many have failed: a single time where the server has never answered. A server that asks
+    for patience is given it, up to a limit.
 
     Args:
         endpoint: its limits.
@@ -45,6 +47,7 @@ class Breaker:
         self.paused = False
         self._trying = False
         self._until, self._answered = 0.0, time.monotonic()
+        self._ever = False
 
     async def enter(self) -> bool:
         """Wait until a request may be sent; returns whether it is the single one that tries."""
@@ -62,6 +65,7 @@ class Breaker:
 
     def answered(self) -> None:
         """Note that the server answered as it should."""
+        self._ever = True
         self._row = self._trials = 0
         self.paused = self._trying = False
         self._answered = time.monotonic()
@@ -98,11 +102,13 @@ class Breaker:
             self._trials += 1
         elif self.paused or self._row < self._endpoint.failures:
             return
-        if self._trials >= self._endpoint.trials:
+        if self._trials >= (self._endpoint.trials if self._ever else 1):
             raise EnvironmentProblem(
                 f"{self._endpoint.url} does not answer: {self._row} requests in a row failed, the last with {reason}",
                 "answers so far are kept",
                 "start the server or mend the URL; the same command goes on from here",
             )
         self.paused = True
-        self._until = time.monotonic() + self._endpoint.pause_seconds
+        seconds = self._endpoint.pause_seconds
+        self._until = time.monotonic() + seconds
+        print(f"{self._endpoint.url} does not answer ({reason}): waiting {seconds:g} s", file=sys.stderr, flush=True)

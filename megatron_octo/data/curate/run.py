@@ -96,12 +96,11 @@ def _name(shard: Shard) -> str:
 
 
 def _questions(config: CurateConfig) -> dict[str, Asked]:
-    """What is asked of models, by step; read at the start, for prompts and keys that are not there."""
+    """What is asked of models, by step; read at the start, for prompts that are not there."""
     found = {}
     for step in ("judge", "refine"):
         question: Question | None = getattr(config, step)
         if question is not None:
-            key_of(config.endpoint_of(question))
             found[step] = asked_of(question, config.endpoint_of(question).model, step)
     return found
 
@@ -147,9 +146,12 @@ def _without(facts: dict[str, Any], name: str) -> dict[str, Any]:
 def _steps(curation: Curation, parts: list[Part], until: str, team: Executor) -> dict[str, Any]:
     """Do the steps up to one; returns what each found."""
     config, found = curation.config, {}
-    if config.classify is not None:
-        model_of(curation)  # one that is named must be there
-    for step in config.steps[: config.steps.index(until) + 1]:  # type: ignore[arg-type]
+    steps = config.steps[: config.steps.index(until) + 1]  # type: ignore[arg-type]
+    for question in (getattr(config, step) for step in steps if step in ("judge", "refine")):
+        key_of(config.endpoint_of(question))  # before hours of work, not after
+    if config.classify is not None and config.classify.model is not None:
+        model_of(curation)
+    for step in steps:
         if step == "sample":
             found[step] = draw_sample(curation, parts, team)
         elif step == "judge":
