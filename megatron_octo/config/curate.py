@@ -84,6 +84,15 @@ class Sample(Strict):
     year_field: str | None = Field(
         default=None, description="field of the records in which a year is found; none: all documents are one year"
     )
+    year_in_file_names: bool = Field(
+        default=False, description="it is found in a file's name, such as CC-MAIN-2017-13/"
+    )
+
+    @model_validator(mode="after")
+    def _looks_in_one_place(self) -> Sample:
+        if self.year_in_file_names and self.year_field is not None:
+            raise ValueError("a year is found in year_field or in the names of files, not in both")
+        return self
 
 
 class Judge(Question):

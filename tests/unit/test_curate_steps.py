@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from curate_tools import settings, text_of, write_corpus
-from datatrove.data import Document
 
 from megatron_octo.config.curate import CurateConfig, Refine, Train
 from megatron_octo.config.load import load_config, parse_config
@@ -73,8 +72,7 @@ def test_no_score(answer: str, why: str) -> None:
     ],
 )
 def test_years(value: Any, year: int) -> None:
-    assert year_of(Document("x", "a:1", metadata={"when": value}), "when") == year
-    assert year_of(Document("x", "a:1"), "when") == 0 and year_of(Document("x", "a:1"), None) == 0
+    assert year_of(value) == year
 
 
 def test_what_the_classifier_sees() -> None:
@@ -140,6 +138,7 @@ BROKEN = {
     "threshold": ({"classify": {"threshold": 1.2}}, "classify.threshold = 1.2"),
     "nan": ({"endpoint": {"timeout_seconds": float("nan")}}, "endpoint.timeout_seconds"),
     "ratio": ({"refine": {"shortest": 2.0}}, "no answer could fit"),
+    "two years": ({"sample": {"year_in_file_names": True}}, "in year_field or in the names of files"),
     "extra": ({"judge": {"extra": {"model": "x"}}}, "extra holds 'model'"),
     "judge without sample": ({"sample": None}, "judge needs sample"),
     "train without judge": ({"judge": None}, "train needs judge"),
@@ -190,6 +189,9 @@ def test_a_sample_is_uniform_within_each_year_and_the_same_for_any_number_of_wor
     assert facts["drawn"] == {"0": 2, "2014": 40, "2015": 40, "2016": 40}
     assert facts["accounts"]["skipped"] == {"field 'text' is empty": 1}
     assert _sampled(tmp_path / "in", tmp_path / "c", sample=few, seed=8)["drawn"] == facts["drawn"]
+    (tmp_path / "in" / "b.parquet").rename(tmp_path / "in" / "CC-MAIN-2017-13.parquet")
+    named = {"documents_per_year": 40, "year_in_file_names": True}
+    assert _sampled(tmp_path / "in", tmp_path / "e", sample=named)["drawn"] == {"0": 40, "2017": 40}
     with pytest.raises(DataError, match="no document has a year in field 'date'"):
         _sampled(tmp_path / "in", tmp_path / "d", sample={"documents_per_year": 5, "year_field": "date"})
     _check_draw(tmp_path, 40)

@@ -56,9 +56,10 @@ def draw_sample(curation: Curation, parts: list[Part], team: Executor) -> dict[s
     draw = Stage(DRAW, parts, partial(draw_shard, curation), own, unit="documents")
     drawn = run_stages([draw], curation.work, team)[DRAW]
     years = total(drawn, "years")
-    if wanted.year_field is not None and not set(years) - {str(NO_YEAR)}:
+    if (wanted.year_field or wanted.year_in_file_names) and not set(years) - {str(NO_YEAR)}:
+        where = f"in field {wanted.year_field!r}" if wanted.year_field else "in the name of its file"
         raise DataError(
-            f"no document has a year in field {wanted.year_field!r}",
+            f"no document has a year {where}",
             "a sample is drawn uniformly within each year",
             "name the field that holds a year or a date as sample.year_field, or leave it out",
         )
@@ -95,8 +96,9 @@ def draw_shard(curation: Curation, part: Part) -> dict[str, Any]:
     accounts, years = Accounts(), {}
     heaps: dict[int, list[tuple[int, int]]] = {}
     keep = [] if wanted.year_field is None else [wanted.year_field]
+    of_file = year_of(part.shard.name) if wanted.year_in_file_names else NO_YEAR
     for place, document in enumerate(read_shard(curation, part, accounts, keep)):
-        year = year_of(document, wanted.year_field)
+        year = year_of(document.metadata.get(wanted.year_field)) if keep else of_file
         count(years, str(year))
         heap, entry = heaps.setdefault(year, []), (-_number(curation, document), place)
         if len(heap) < wanted.documents_per_year:
@@ -112,11 +114,9 @@ def draw_shard(curation: Curation, part: Part) -> dict[str, Any]:
     return {"accounts": accounts.as_json(), "years": years, **left(curation, path)}
 
 
-def year_of(document: Document, field: str | None) -> int:
-    """The first year in a field of a document, such as a date or the name of a crawl; `NO_YEAR` where it has none."""
-    if field is None:
-        return NO_YEAR
-    found = _YEAR.search(str(document.metadata.get(field, "")))
+def year_of(value: Any) -> int:
+    """The first year in a value, such as a date or the name of a crawl; `NO_YEAR` where there is none."""
+    found = _YEAR.search(str(value))
     return int(found[0]) if found else NO_YEAR
 
 
