@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from clean_tools import config_of, questions, write_benchmark
 
-from megatron_octo.data.engine.build import build_data
+from megatron_octo.data.engine import build
 from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.pairs import read_index
@@ -41,7 +41,7 @@ def _files(out: Path) -> dict[str, bytes]:
 @pytest.mark.timeout(120)
 def test_build_leaves_out_and_accounts(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    manifest = build_data(config, tmp_path / "one")
+    manifest = build.build_data(config, tmp_path / "one")
     encoder = load_encoder(tmp_path / "one" / "tokenizer", config.index)
     kept = {"web": ["one text", "another text", "a third text"], "qa": ["a fourth text"]}
     for name, texts in kept.items():
@@ -64,5 +64,19 @@ def test_build_leaves_out_and_accounts(tmp_path: Path) -> None:
     assert cleaning["examples"]["leak"][0]["other"] == "made/q0"
     assert cleaning["recall"]["recall"]["verbatim"] == 1.0
     assert list(manifest["inputs"]["decontaminate.against.made"]) == ["made.jsonl"]
-    assert build_data(config, tmp_path / "two", workers=2) == verify_data(tmp_path / "two") == manifest
+    assert build.build_data(config, tmp_path / "two", workers=2) == verify_data(tmp_path / "two") == manifest
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+@pytest.mark.timeout(120)
+def test_a_benchmark_mended_before_the_end_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that were made from other removals are made again."""
+    config = _config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build.build_data(config, tmp_path / "out")
+    write_benchmark(tmp_path / "made.jsonl", questions(12, seed=3)[1:])
+    manifest = build.build_data(config, tmp_path / "out")
+    assert manifest["sources"]["web"]["accounts"]["removed"] == {"exact_duplicate": 1}
+    assert read_index(tmp_path / "out" / "web").documents == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clean_tools import clean, questions, write_benchmark
+from clean_tools import clean, config_of, questions, write_benchmark
 
 from megatron_octo.config.clean import Decontaminate
 from megatron_octo.config.load import parse_config
@@ -16,7 +16,13 @@ from megatron_octo.data.clean.index import LeakIndex
 from megatron_octo.data.clean.leaks import LEAKS, plant
 from megatron_octo.data.clean.measure import measure, table_lines
 from megatron_octo.data.clean.questions import KNOWN, Question, all_questions, read_questions
+from megatron_octo.data.clean.removals import read_removals
+from megatron_octo.data.clean.stages import clean_stages
 from megatron_octo.data.clean.words import words_of
+from megatron_octo.data.corpora.read import ShardReader
+from megatron_octo.data.corpora.shard import list_shards
+from megatron_octo.data.engine.executors import InProcess
+from megatron_octo.data.engine.stage import run_stages
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.evaluate.problems import BENCHMARKS
 
@@ -193,20 +199,23 @@ def test_real_gsm8k_train_against_four_benchmarks(tmp_path: Path) -> None:
     folder = os.environ.get("OCTO_DATA")
     if not folder:
         pytest.skip(REAL)
-    rows = [json.loads(line) for line in (Path(folder) / "corpora/gsm8k_train/train.jsonl").open(encoding="utf-8")]
-    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
     names = ("gsm8k", "math500", "amc23", "olympiad_bench")
     against = {name: {"path": f"{folder}/eval/{name}/test.jsonl"} for name in names}
-    settings = {"decontaminate": {"against": against, "measure": 40}, "deduplicate": {"near": {}}}
-    found = clean({"gsm8k_train": [texts[:3000], texts[3000:]]}, tmp_path, **settings)
-    leaks = {name: removal.other for name, removal in found.items() if removal.reason == "leak"}
-    assert leaks == {
-        "gsm8k_train/0.jsonl:1315": "gsm8k/gsm8k-test-602",
-        "gsm8k_train/1.jsonl:2163": "gsm8k/gsm8k-test-602",
-    }
+    corpus = {"path": f"{folder}/corpora/gsm8k_train/train.jsonl", "adapter": "gsm8k"}
+    config = config_of(corpora={"train": corpus}, deduplicate={"near": {}},
+                       decontaminate={"against": against, "measure": 40})  # fmt: skip
+    shards = list_shards(config, "train")
+    facts = run_stages(clean_stages(config, {"train": shards}, tmp_path, {}), tmp_path, InProcess())
+    found = [removal for shard in shards for removal in read_removals(tmp_path, shard).values()]
+    assert [(removal.document, removal.reason, removal.other) for removal in found] == [
+        (f"train/train.jsonl:{line}", "leak", "gsm8k/gsm8k-test-602") for line in (1315, 5163)
+    ], "and none of them is there twice, or nearly"
+    assert "how many additional hours would it take to travel an additional" in found[0].excerpt
+    assert sum(seen["documents"] for seen in facts["signatures"]) == 7473
     index = LeakIndex(all_questions(_config(**against))[0], _config(**against))
+    texts = (document.text for shard in shards for document in ShardReader(config, shard))
     shares = [match.coverage for text in texts for match in index.touched(words_of(text)) if match.kind == "same"]
     assert sorted(round(share, 2) for share in shares) == [0.1, 0.3, 0.54, 0.54], "no question is there whole"
-    recall = json.loads((tmp_path / "records/recall/00000.json").read_text())["facts"]
+    recall = facts["recall"][0]
     assert all(recall["recall"][kind] == 1.0 for kind in ("verbatim", "rewrapped", "embedded", "markdown", "latex"))
     assert recall["precision"] >= 0.99

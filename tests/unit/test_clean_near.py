@@ -69,7 +69,7 @@ def test_other_numbers_are_another_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_shards_workers_and_old_signatures_change_nothing(tmp_path: Path) -> None:
+def test_shards_and_workers_change_nothing(tmp_path: Path) -> None:
     texts = [_text(number % 9) if number % 3 else _changed(_text(number), [5]) for number in range(30)]
     whole = clean({"a": [texts]}, tmp_path / "whole", **NEAR)
     places = {int(name.rpartition(":")[2]) - 1 for name in whole}
@@ -77,8 +77,14 @@ def test_shards_workers_and_old_signatures_change_nothing(tmp_path: Path) -> Non
     with Workers(2) as team:
         cut = clean({"a": [texts[:7], texts[7:21], texts[21:]]}, tmp_path / "cut", team, **NEAR)
     assert {(0, 7, 21)[int(name[2])] + int(name.rpartition(":")[2]) - 1 for name in cut} == places
-    clean({"a": [texts, texts]}, tmp_path / "again", **NEAR)  # leaves signatures of a second shard behind
-    assert clean({"a": [texts]}, tmp_path / "again", **NEAR) == whole
+
+
+def test_old_signatures_join_nothing(tmp_path: Path) -> None:
+    """Two texts that only a third makes one cluster are two again when that one's file is no more."""
+    middle = _text(0)
+    ends = [_changed(middle, [10, 30, 50, 70]), _changed(middle, [20, 40, 60, 80])]
+    assert set(clean({"a": [ends, [middle]]}, tmp_path, **NEAR)) == {"a/0.jsonl:2", "a/1.jsonl:1"}
+    assert clean({"a": [ends]}, tmp_path, **NEAR) == {}
 
 
 def test_signatures_are_datatroves(tmp_path: Path) -> None:

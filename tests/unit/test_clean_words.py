@@ -23,6 +23,7 @@ from megatron_octo.data.clean.words import ngrams, plain, words_of
         (r"\pi r^2, \alpha", "\u03c0 r\u00b2, \u03b1"),
         ("Janet\u2019s ducks", "**Janet's** DUCKS!"),
         ("multi-\n  plication of well-known", "multiplication of well-\n> known"),
+        ("# it is multi-\n# plication", "it is multiplication"),
         ("> a quoted\n> line", "a quoted line"),
         ("one<br/>two &amp; three", "one two & three"),
         (r"\begin{align*} a &= b \\ c \end{align*}", "a = b, c"),
@@ -57,5 +58,8 @@ def test_long_texts_are_hashed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_ngrams() -> None:
     hashes = words_of("a b c a b c a").hashes
     grams = ngrams(hashes, 3)
+    for n in range(1, 8):
+        runs = {tuple(hashes[place : place + n].tolist()) for place in range(8 - n)}
+        assert len(ngrams(hashes, n)) == 8 - n and len(set(ngrams(hashes, n).tolist())) == len(runs)
     assert len(grams) == 5 and len(np.unique(grams)) == 3 and grams[0] == grams[3]
     assert not len(ngrams(hashes, 8)) and ngrams(hashes[:1], 1)[0] != hashes[0]

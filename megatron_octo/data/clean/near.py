@@ -50,18 +50,18 @@ class Signatures:
             numbers: which of them.
             places: their places in the shard.
         """
-        found = [ngrams(np.asarray(batch.words.hashes[slice(*batch.first[number : number + 2])]), self._settings.ngram)
-                 for number in numbers]  # fmt: skip
+        hashes, first = batch.words.hashes, batch.first
+        found = [ngrams(hashes[first[number] : first[number + 1]], self._settings.ngram) for number in numbers]
         sizes = np.array([len(shingles) for shingles in found], np.int64)
         if not sizes.any():
             return
         shingles, starts = np.concatenate(found), (np.cumsum(sizes) - sizes)[sizes > 0]
-        hashes = minima(shingles, starts, self._functions)
+        least = minima(shingles, starts, self._functions)
         wide = self._settings.hashes_per_bucket
         records = np.empty(len(starts), self._record)
         records["place"] = np.array(places)[sizes > 0]
         for bucket, file in enumerate(self._files):
-            records["hashes"] = hashes[:, bucket * wide : (bucket + 1) * wide]
+            records["hashes"] = least[:, bucket * wide : (bucket + 1) * wide]
             file.write(records.tobytes())
 
     def finish(self) -> None:

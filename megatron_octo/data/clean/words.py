@@ -208,8 +208,21 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     count = len(hashes) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)
-    found = np.full(count, n, np.uint64)
-    for place in range(n):
-        found *= np.uint64(_ROOT)
-        found += hashes[place : place + count]
+    # Runs are put together from runs of 1, 2, 4, ... words, the longest first: about 2 log2(n) steps and not n.
+    found, done = np.full(count, n, np.uint64), 0
+    for size, runs in reversed(_doubled(hashes, n)):
+        if n & size:
+            found *= np.uint64(pow(_ROOT, size, 1 << 64))
+            found += runs[done : done + count]
+            done += size
     return mixed(found)
+
+
+def _doubled(hashes: np.ndarray, n: int) -> list[tuple[int, np.ndarray]]:
+    """Polynomial hashes of all runs of 1, 2, 4, ... words, up to n."""
+    several, size = [(1, hashes)], 1
+    while 2 * size <= n:
+        runs = several[-1][1]
+        several.append((2 * size, runs[:-size] * np.uint64(pow(_ROOT, size, 1 << 64)) + runs[size:]))
+        size *= 2
+    return several
