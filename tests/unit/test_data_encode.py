@@ -25,16 +25,22 @@ TEXTS = ["Ana has 7 books.", "She finds 3 <s> more </s> and says <|end_of_text|>
 CONTROL = IndexConfig(special_tokens="control")
 
 
-def _hugging_face(folder: Path) -> Path:
-    """A byte-level tokenizer whose post-processor puts marks around every text."""
+def _hugging_face(folder: Path, table: bool = True) -> Path:
+    """A byte-level tokenizer whose post-processor puts marks around every text; with a known cut or another."""
     train_tokenizer(TEXTS, 300, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not table:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     begin, end = ((mark, tokenizer.token_to_id(mark)) for mark in ("<|begin_of_text|>", "<|end_of_text|>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def _another_cut(folder: Path) -> Path:
+    return _hugging_face(folder, table=False)
 
 
 def _sentence_piece(folder: Path) -> Path:
@@ -49,7 +55,7 @@ def _sentence_piece(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[_hugging_face, _sentence_piece], ids=["tokenizer.json", "tokenizer.model"])
+@pytest.fixture(scope="module", params=[_hugging_face, _another_cut, _sentence_piece])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request.param(tmp_path_factory.mktemp("tokenizer") / "files")
 
@@ -186,14 +192,14 @@ from datatrove.data import Document
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.tokenise import write_piece
 encoder = load_encoder(Path(sys.argv[1]))
-write_piece([Document("Ana has 7 books.", "web/a:1")], Path(sys.argv[2]), encoder, {})
+write_piece([Document("Ana has 7 books.", f"web/a:{n}") for n in range(900)], Path(sys.argv[2]), encoder, {})
 print([name for name in ("torch", "megatron", "transformers", "datasets", "spacy") if name in sys.modules])
 print(len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1)
 """
 
 
 def test_a_worker_imports_nothing_heavy_and_has_one_thread(tmp_path: Path) -> None:
-    folder = train_tokenizer(TEXTS, 300, tmp_path / "tokenizer")
+    folder = _another_cut(tmp_path / "tokenizer")  # goes through the library, which would start threads
     environment = {name: value for name, value in os.environ.items() if "PARALLELISM" not in name}
     environment |= {"OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WORKER, str(folder), str(tmp_path / "piece")]
