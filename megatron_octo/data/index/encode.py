@@ -70,7 +70,8 @@ class Encoder(ABC):
             ControlToken: a text became a control token although the rules say that it stays text.
         """
         size, begin, end = self.dtype.itemsize, self._begin, self._end
-        stored = [begin + tokens + end if tokens else b"" for tokens in self._texts(texts)]
+        with _one_thread():
+            stored = [begin + tokens + end if tokens else b"" for tokens in self._texts(texts)]
         content = b"".join(stored)
         counts = np.bincount(np.frombuffer(content, self.dtype), minlength=self.rows)
         documents = sum(map(bool, stored))
@@ -110,7 +111,9 @@ class Encoder(ABC):
             return
         is_control = np.zeros(self.rows, bool)
         is_control[self._control] = True
-        for mark, tokens in zip(control, self._texts(list(control)), strict=True):
+        with _one_thread():
+            found = self._texts(list(control))
+        for mark, tokens in zip(control, found, strict=True):
             if is_control[np.frombuffer(tokens, self.dtype)].any():
                 raise DataError(
                     f"{self.path}: '{mark}' written in a text becomes a control token",
@@ -199,8 +202,11 @@ def settings_of(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Tokenise in this thread alone: a worker is one core, and threads of several workers would fight for it."""
+def _one_thread() -> Iterator[None]:
+    """Tokenise in this thread alone: a worker is one core, and threads of several workers would fight for it.
+
+    The library looks at the environment at every call, but keeps the threads it once started.
+    """
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(_THREADS)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.data.engine.stage import advance
-from megatron_octo.data.index.encode import ControlToken, Encoder, one_thread
+from megatron_octo.data.index.encode import ControlToken, Encoder
 from megatron_octo.data.index.pairs import bin_path
 from megatron_octo.data.index.table import TableWriter, docs_path, histogram_path, save_histogram
 from megatron_octo.data.index.writer import IndexedWriter
@@ -56,7 +56,7 @@ def write_piece(
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     table = TableWriter()
-    with one_thread(), IndexedWriter(prefix, encoder.vocabulary, encoder.rows, shared=True) as writer:
+    with IndexedWriter(prefix, encoder.vocabulary, encoder.rows, shared=True) as writer:
         for batch in _batches(documents):
             _write_batch(batch, writer, table, encoder, skipped)
             if limit is not None and writer.tokens >= limit:
