@@ -185,13 +185,13 @@ def test_a_sample_is_uniform_within_each_year_and_the_same_for_any_number_of_wor
     found = _sampled(tmp_path / "in", tmp_path / "a", sample=few)
     assert found == _sampled(tmp_path / "in", tmp_path / "b", 2, sample=few)
     facts = found
-    assert facts["years"] == {"0": 2, "2014": 199, "2015": 199, "2016": 200}
-    assert facts["drawn"] == {"0": 2, "2014": 40, "2015": 40, "2016": 40}
+    assert facts["years"] == {"2014": 199, "2015": 199, "2016": 200, "none": 2}
+    assert facts["drawn"] == {"2014": 40, "2015": 40, "2016": 40, "none": 2}
     assert facts["accounts"]["skipped"] == {"field 'text' is empty": 1}
     assert _sampled(tmp_path / "in", tmp_path / "c", sample=few, seed=8)["drawn"] == facts["drawn"]
     (tmp_path / "in" / "b.parquet").rename(tmp_path / "in" / "CC-MAIN-2017-13.parquet")
     named = {"documents_per_year": 40, "year_in_file_names": True}
-    assert _sampled(tmp_path / "in", tmp_path / "e", sample=named)["drawn"] == {"0": 40, "2017": 40}
+    assert _sampled(tmp_path / "in", tmp_path / "e", sample=named)["drawn"] == {"2017": 40, "none": 40}
     with pytest.raises(DataError, match="no document has a year in field 'date'"):
         _sampled(tmp_path / "in", tmp_path / "d", sample={"documents_per_year": 5, "year_field": "date"})
     _check_draw(tmp_path, 40)

@@ -56,7 +56,7 @@ def draw_sample(curation: Curation, parts: list[Part], team: Executor) -> dict[s
     draw = Stage(DRAW, parts, partial(draw_shard, curation), own, unit="documents")
     drawn = run_stages([draw], curation.work, team)[DRAW]
     years = total(drawn, "years")
-    if (wanted.year_field or wanted.year_in_file_names) and not set(years) - {str(NO_YEAR)}:
+    if (wanted.year_field or wanted.year_in_file_names) and not set(years) - {label(NO_YEAR)}:
         where = f"in field {wanted.year_field!r}" if wanted.year_field else "in the name of its file"
         raise DataError(
             f"no document has a year {where}",
@@ -99,7 +99,7 @@ def draw_shard(curation: Curation, part: Part) -> dict[str, Any]:
     of_file = year_of(part.shard.name) if wanted.year_in_file_names else NO_YEAR
     for place, document in enumerate(read_shard(curation, part, accounts, keep)):
         year = year_of(document.metadata.get(wanted.year_field)) if keep else of_file
-        count(years, str(year))
+        count(years, label(year))
         heap, entry = heaps.setdefault(year, []), (-_number(curation, document), place)
         if len(heap) < wanted.documents_per_year:
             heapq.heappush(heap, entry)
@@ -120,6 +120,11 @@ def year_of(value: Any) -> int:
     return int(found[0]) if found else NO_YEAR
 
 
+def label(year: int) -> str:
+    """A year as counts name it."""
+    return "none" if year == NO_YEAR else str(year)
+
+
 def _number(curation: Curation, document: Document) -> int:
     return random_number(curation.config.seed, "sample", document.id)
 
@@ -133,13 +138,13 @@ def _limits(curation: Curation, parts: list[Part], wanted: int) -> dict[str, int
             both = [smallest.get(year, np.zeros(0, "<u8")), drawn["number"][drawn["year"] == year]]
             numbers = np.concatenate(both)
             smallest[year] = np.partition(numbers, wanted - 1)[:wanted] if len(numbers) > wanted else numbers
-    return {str(year): int(numbers.max()) for year, numbers in sorted(smallest.items())}
+    return {label(year): int(numbers.max()) for year, numbers in sorted(smallest.items())}
 
 
 def write_shard(curation: Curation, limits: dict[str, int], part: Part) -> dict[str, Any]:
     """Write the texts of a shard's drawn documents for the judge."""
     found = np.load(curation.file(DRAW, part.number, ".npy"))
-    bounds = np.array([limits[str(year)] for year in found["year"].tolist()], "<u8")
+    bounds = np.array([limits[label(year)] for year in found["year"].tolist()], "<u8")
     found = found[found["number"] <= bounds]
     years = dict(zip(found["place"].tolist(), found["year"].tolist(), strict=True))
     drawn: dict[str, int] = {}
@@ -151,7 +156,7 @@ def write_shard(curation: Curation, limits: dict[str, int], part: Part) -> dict[
         last = max(years)
         for place, document in enumerate(read_shard(curation, part)):
             if place in years:
-                count(drawn, str(years[place]))
+                count(drawn, label(years[place]))
                 facts["characters"] += len(document.text)
                 yield {"id": document.id, "year": years[place], "text": document.text}
             if place == last:
