@@ -133,6 +133,7 @@ MISTAKES = [
     (["train", "run.yaml", "data.sequence_length=65"], 2, ["sequence_length = 65", "max_positions = 64"]),
     # data
     (["train", "run.yaml", "data.tokenizer=gone"], 3, ["data.tokenizer = gone", "no such directory"]),
+    (["data", "corpora", "openwebmth"], 2, ["no such adapter", "'openwebmath'"]),
     (["data", "build", "corpus.yaml", "--out", "d"], 3, ["corpora.text: gone.jsonl", CORPUS["hint"]]),
     (["data", "build", "data.yaml", "--out", "d", "--workers", "0"], 2, ["workers = 0", "1 or more"]),
     (
@@ -179,6 +180,19 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert err.startswith("octo: error: ") and err.count("\n") == 1, err
     assert [word for word in words if word not in err] == [], err
     assert _tree(tmp_path) == before
+
+
+def test_corpora_are_shown(octo: Octo) -> None:
+    code, out, err = octo("data", "corpora")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert len(lines) > 25 and lines["mathpile"].split()[1:] == ["9.5B", "?", "jsonl.gz", "gated", "GAIR/MathPile"]
+    assert "refused" in lines["megamath-code"]
+    code, out, _ = octo("data", "corpora", "openr1-math-220k")
+    assert code == 0 and "open-r1/OpenR1-Math-220k" in out and "Apache-2.0" in out and "verified and complete" in out
+    found = json.loads(octo("data", "corpora", "--json")[1])
+    assert set(found) == set(lines) and found["finemath-4plus"]["files"] == "finemath-4plus/*.parquet"
+    assert json.loads(octo("data", "corpora", "wildchat", "--json")[1])["fields"]["model"] == "required"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -203,6 +204,44 @@ def test_mended_input_of_an_unfinished_build_is_taken(tmp_path: Path) -> None:
     build_data(config, tmp_path / "mended")
     build_data(config, tmp_path / "fresh")
     assert _files(tmp_path / "mended") == _files(tmp_path / "fresh")
+
+
+def test_parts_and_forms_of_a_corpus_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plain file, the same in many parts, and the same as a folder of compressed and parquet files."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    from megatron_octo.data.corpora import shard
+
+    whole = build_data(_config(tmp_path), tmp_path / "whole")["sources"]["real"]
+    monkeypatch.setattr(shard, "PART", 500)
+    parts = build_data(_config(tmp_path), tmp_path / "parts")["sources"]["real"]
+    assert len(shard.list_shards(_config(tmp_path), "real")) > 5
+    assert parts == whole and whole["accounts"]["read"] == whole["accounts"]["documents"] == 60
+    assert _files(tmp_path / "parts") == _files(tmp_path / "whole")
+    lines = (tmp_path / "real.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:20])))
+    rows = pyarrow.Table.from_pylist([json.loads(line) for line in lines[20:]])
+    parquet.write_table(rows, tmp_path / "folder" / "2.parquet", row_group_size=3)
+    forms = _config(
+        tmp_path,
+        corpora={"real": {"path": str(tmp_path / "folder"), "adapter": "gsm8k"}},
+        tokenizer={"path": str(tmp_path / "whole" / "tokenizer")},
+    )
+    manifest = build_data(forms, tmp_path / "forms")
+    assert list(manifest["inputs"]["corpora.real"]) == ["1.jsonl.gz", "2.parquet"]
+    assert (tmp_path / "forms" / "real.bin").read_bytes() == (tmp_path / "whole" / "real.bin").read_bytes()
+    assert manifest["sources"]["real"]["accounts"] == whole["accounts"]
+
+
+def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
+    (tmp_path / "real.jsonl").write_text('{"question": "1+1?", "generated_solution": "3", "is_correct": false}\n' * 3)
+    corpus = {"path": str(tmp_path / "real.jsonl"), "adapter": "openmathinstruct-1"}
+    with pytest.raises(
+        DataError, match="corpora.real holds no documents; all its 3 records are left out: 3 wrong answer"
+    ):
+        build_data(_config(tmp_path, corpora={"real": corpus}), tmp_path / "data")
 
 
 def test_corpus_shorter_than_its_budget_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import pair_files
 from megatron_octo.data.index.tokenise import without, write_piece
+from megatron_octo.errors import DataError
 from megatron_octo.files import hash_directory, read_json
 
 TOKENISE = "tokenise"
@@ -189,10 +190,17 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
         if budget is None or tokens < budget:  # another worker may have made more than these
             needed.append(read_json(build.work / RECORDS / TOKENISE / f"{number:05}.json")["facts"])
             tokens += needed[-1]["tokens"]
+    accounts = sum((Accounts(**found["accounts"]) for found in needed), Accounts())
+    if accounts.read and not accounts.documents:
+        left_out = {**accounts.skipped, **accounts.removed}
+        raise DataError(
+            f"corpora.{corpus.name} holds no documents",
+            f"all its {accounts.read} records are left out: " + ", ".join(f"{left_out[why]} {why}" for why in left_out),
+            "check its files, its adapter and its fields",
+        )
     prefix = build.result / corpus.name
     pieces = [_piece_prefix(build, corpus.name, number) for number in range(len(needed))]
     joined = join_pieces(pieces, prefix, budget, [found["blake3"] for found in needed])
-    accounts = sum((Accounts(**found["accounts"]) for found in needed), Accounts())
     _check_account(prefix, accounts, joined["documents"] + joined["beyond_budget"]["documents"])
     return {**joined, "accounts": accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
 
