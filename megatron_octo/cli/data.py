@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_octo.cli import clean
+from megatron_octo.cli import clean, mix
 from megatron_octo.cli.shared import AsJson, print_facts, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Corpora to indexed datasets.")
 app.command("dedup")(clean.dedup)
 app.command("decontaminate")(clean.decontaminate)
+app.command("forecast")(mix.forecast)
+app.command("who")(mix.who)
 
 
 @app.command()

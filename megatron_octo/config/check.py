@@ -26,6 +26,7 @@ def check_run(run: RunConfig) -> None:
     _check_recompute(run.model, run.parallel, run.recompute)
     _check_batch(run)
     _check_lengths(run)
+    _check_phases(run)
     check_precision(run)
 
 
@@ -156,6 +157,16 @@ def _check_lengths(run: RunConfig) -> None:
             "context parallelism cuts it in 2 x CP pieces, sequence parallelism in TP more",
             f"use a multiple of {pieces}",
         )
+
+
+def _check_phases(run: RunConfig) -> None:
+    for number, phase in enumerate(run.data.phases or []):
+        if phase.at >= run.schedule.tokens:
+            raise ConfigError(
+                f"data.phases.{number}.at = {phase.at} is not before the end, schedule.tokens = {run.schedule.tokens}",
+                "a mixture that begins after the run is never read",
+                "let it begin earlier, or leave it out",
+            )
 
 
 def _divisors(number: int) -> list[int]:

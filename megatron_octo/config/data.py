@@ -103,6 +103,10 @@ class Corpus(Strict):
         "by default the place where the corpus is published, which needs the network",
     )
     fields: dict[str, str] = Field(default={}, description="names in these files, by the adapter's names")
+    rendering: Literal["published", "qa", "prose"] = Field(
+        default="published",
+        description="form of questions with solutions: the adapter's, as they stand in prompts, or running prose",
+    )
     tokens: Literal["all"] | Tokens = "all"
     hint: str = Field(default="", description="what to download and from where, shown when the files are missing")
     split: Literal["train", "test"] = Field(default="train", description="which side of its benchmark the files are")

@@ -34,6 +34,11 @@ class Source(Strict):
 
     path: Path = Field(description="prefix of the .bin/.idx pair")
     weight: float = Field(gt=0, allow_inf_nan=False)
+    corpora: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="what it is made of, as `octo data corpora` lists it: for a forecast where the pair is not there",
+    )
 
 
 class _Mixed(Strict):
@@ -75,7 +80,9 @@ class DataConfig(_Mixed):
     @property
     def paths(self) -> dict[str, Path]:
         """Every source of every mixture, by name in order."""
-        found = {name: source.path for _, mixture in self.mixtures for name, source in mixture.items()}
+        found: dict[str, Path] = {}
+        for _, mixture in self.mixtures:
+            found = {name: source.path for name, source in mixture.items()} | found
         return dict(sorted(found.items()))
 
     @model_validator(mode="after")

@@ -191,7 +191,7 @@ def _read_on(run: RunConfig, origin: Origin) -> tuple[int, list[Blend]]:
     The mixture may be another from here on: each source goes on after the windows that were read of it.
     """
     parent = origin.run
-    theirs, mine = _windows_of(parent, parent), _windows_of(run, parent)
+    theirs, mine = _windows_of(parent, run), _windows_of(run, parent)
     changed = differences(theirs, mine, "data")
     if changed:
         raise ConfigError(
@@ -205,9 +205,9 @@ def _read_on(run: RunConfig, origin: Origin) -> tuple[int, list[Blend]]:
     return window, read_so_far(blends_of(parent.data, begun, lineage.get("history", ())), window)
 
 
-def _windows_of(run: RunConfig, parent: RunConfig) -> dict[str, Any]:
+def _windows_of(run: RunConfig, other: RunConfig) -> dict[str, Any]:
     """What the windows of the sources that two runs share are made of."""
-    shared = run.data.paths.keys() & parent.data.paths.keys()
+    shared = run.data.paths.keys() & other.data.paths.keys()
     mixture = {name: {"path": str(run.data.paths[name])} for name in shared}
     return {"seed": run.data.seed, "sequence_length": run.data.sequence_length, "mixture": mixture}
 

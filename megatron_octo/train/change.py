@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.digest import tokenizer_digest
 from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.mix.identity import content_digest
+from megatron_octo.data.mix.replace import apply
 from megatron_octo.errors import CheckpointError, ConfigError, DataError
 from megatron_octo.schedule.change import rewritten_past
 
@@ -21,6 +23,8 @@ _MAY_CHANGE = (
     "watch", "validation", "logging", "threads", "timeout_minutes", "stop_grace_seconds", "out",
 )  # fmt: skip
 _MUST_STAY = "parallel.distributed_optimizer"
+# What a source is called elsewhere, and rules for sources that were there when the run began, decide nothing any more.
+_SAYS_ONLY = re.compile(r"data\.mixture\..*\.corpora|data\.replace(\..*)?")
 
 
 def stored_run(facts: dict[str, Any], checkpoint: Path) -> RunConfig:
@@ -51,6 +55,7 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
     if run.schedule.learning_rate is None:
         rate = before.schedule.learning_rate
         run = run.model_copy(update={"schedule": run.schedule.model_copy(update={"learning_rate": rate})})
+    run = run.model_copy(update={"data": apply(run.data, before.data.replaced or {})})
     known = with_moved_data(before, run, facts)
     changed = differences(known.model_dump(mode="json"), run.model_dump(mode="json"))
     schedule = [line for line in changed if line.startswith("schedule.")]
@@ -66,7 +71,7 @@ def continued(run: RunConfig, facts: dict[str, Any], checkpoint: Path) -> RunCon
             "restore these fields, or choose another `out` for a new run",
         )
     if phases:
-        _check_phases(before, run, facts, place)
+        _check_phases(known, run, facts, place)
     if schedule:
         why = rewritten_past(before.schedule, run.schedule, facts["run_tokens"], run.tokens_per_step)
         if why is not None:
@@ -152,7 +157,8 @@ def _check_phases(before: RunConfig, run: RunConfig, facts: dict[str, Any], plac
     begun = (facts.get("lineage") or {}).get("first_window", 0)
     read = begun + facts["step"] * run.batch.global_batch
     past, now = (read_so_far(blends_of(one.data, begun), read) for one in (before, run))
-    if past != now:
+    moved = [name for blend in past for name in blend.weights if run.data.paths.get(name) != before.data.paths[name]]
+    if past != now or moved:
         raise ConfigError(
             f"{place}: this run has trained with other mixtures: "
             + "; ".join(differences(before.data.model_dump(mode="json"), run.data.model_dump(mode="json"), "data")),
@@ -163,4 +169,4 @@ def _check_phases(before: RunConfig, run: RunConfig, facts: dict[str, Any], plac
 
 def _allowed(line: str) -> bool:
     field = line.split(":", 1)[0]
-    return field.startswith(_MAY_CHANGE) and field != _MUST_STAY
+    return (field.startswith(_MAY_CHANGE) and field != _MUST_STAY) or _SAYS_ONLY.fullmatch(field) is not None

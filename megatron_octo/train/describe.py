@@ -27,6 +27,7 @@ def describe_run(run: RunConfig, step: int, last: int) -> str:
         "work": f"{tokens} tokens/step x {steps} = {format_tokens(run.tokens_per_step * run.steps)} tokens{leg}",
         "FLOPs": f"{flops}FLOP/token: {FLOPS_CONVENTION}",
         "start": _origin(run, step),
+        **_mixtures(run),
         "out": str(run.out),
     }
     return "\n".join([run.name, *(f"  {name:<8}{text}" for name, text in rows.items())])
@@ -51,6 +52,17 @@ def describe_end(run: RunConfig, step: int, until: int | None, *, trained: bool)
         more = f"; --until {until} is already reached" if not trained else "; the same command without --until goes on"
     note = f" (--until {until} lies beyond the end)" if until is not None and until > run.schedule.tokens else ""
     return f"{run.name}: {said}: step {step:,} of {run.steps:,}, {tokens} tokens{saved}{more}{note}"
+
+
+def _mixtures(run: RunConfig) -> dict[str, str]:
+    """Of the data what a reader of the run file may not expect: other mixtures later, and sources that are missing."""
+    lines = []
+    for phase in run.data.phases or []:
+        shares = ", ".join(f"{name} {source.weight:g}" for name, source in phase.mixture.items())
+        lines.append(f"from {format_tokens(phase.at)} tokens on: {shares}")
+    for name, place in (run.data.replaced or {}).items():
+        lines.append(f"{name} was missing when the run began: {place} has its weight")
+    return {"data": "; ".join(lines)} if lines else {}
 
 
 def _precision(run: RunConfig) -> str:

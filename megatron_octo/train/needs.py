@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_octo.checkpoint.store import POINTER
 from megatron_octo.config.blends import blends_of, shared_out
 from megatron_octo.config.run import RunConfig
-from megatron_octo.data.index.pairs import bin_path, idx_path
 from megatron_octo.data.mix.mixture import check_tokenizer, check_tokens, open_source, windows_per_epoch
+from megatron_octo.data.mix.replace import is_there
 from megatron_octo.train.start import METRICS, Start
 
 
@@ -65,11 +65,6 @@ def needs(run: RunConfig, start: Start | None = None, lacking: bool = False) -> 
             need = replace(need, passes=passes, scanned=scanned)
         found.append(need)
     return found
-
-
-def is_there(prefix: Path) -> bool:
-    """Whether any file of a pair exists."""
-    return bin_path(prefix).exists() or idx_path(prefix).exists()
 
 
 def repeats(passes: dict[str, float | None]) -> str:

@@ -31,10 +31,8 @@ from megatron_octo.runtime.groups import Runtime
 from megatron_octo.train.change import check_data
 from megatron_octo.train.data import Batches
 from megatron_octo.train.needs import repeats
-from megatron_octo.train.start import Start, open_run
+from megatron_octo.train.start import CACHE, Start, open_run
 from megatron_octo.train.state import TrainState
-
-CACHE = "data-cache"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatron_octo.config.load import differences, dump_config, load_config, par
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.mix.held_out import open_held_out
+from megatron_octo.data.mix.replace import decide
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
@@ -37,6 +38,7 @@ STATISTICS = "statistics.jsonl"
 SENTINEL = "sentinel.jsonl"
 PROFILE = "profile"
 CONFIG = "config.yaml"
+CACHE = "data-cache"
 REWINDS = "rewinds.json"
 """Which batches are passed over, and why: the file, and the name of the same list in a checkpoint's memory."""
 _LOCK_PATIENCE = 3.0  # seconds: a killed predecessor needs a moment to die
@@ -139,12 +141,13 @@ def check_tokenizer_directory(run: RunConfig) -> None:
 
 
 def origin(run: RunConfig) -> Start:
-    """Where a run begins that has not trained yet.
+    """Where a run begins that has not trained yet; which of its sources are missing is decided here, once for all.
 
     Raises:
         ConfigError: a branch does not continue its parent, or a checkpoint holds another model.
         CheckpointError: a parent or checkpoint is not there.
     """
+    run = run.model_copy(update={"data": decide(run.data)})
     if run.start.fork is not None:
         return _fork(run)
     if run.start.checkpoint is not None:

@@ -16,6 +16,7 @@ from megatron_octo.config.recipes import RECIPES
 from megatron_octo.config.run import RunConfig
 from megatron_octo.train.api import load_run
 from megatron_octo.train.dry_run import dry_run
+from megatron_octo.train.forecast import forecast_file
 
 SIZES = {  # published parameters, learning rate, GPUs
     "llama32_1b": (1_235_814_400, 5e-5, 16),
@@ -128,6 +129,25 @@ def test_weights_of_the_mixtures(stage: str) -> None:
     assert ("arXiv:2506.20512" in text) == (stage in PAPER) and ("Our choice" in text) == (stage not in PAPER)
 
 
+def test_format_against_content() -> None:
+    """Two mixtures that differ in how two sources are rendered, and in nothing else."""
+    qa, prose = (read_yaml(RECIPES / "mixtures" / f"decay_format_{form}.yaml")["data"] for form in ("qa", "prose"))
+    assert str(qa).replace("_qa", "_prose") == str(prose) and qa != prose
+    assert [name for name in qa["mixture"] if name not in prose["mixture"]] == [
+        "openmathinstruct_2_qa", "numinamath_1_5_qa",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "mixtures").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_mixture_is_forecast_and_names_corpora_of_the_registry(path: Path) -> None:
+    from megatron_octo.data.corpora.registry import ADAPTERS
+
+    found = forecast_file(Path("recipes/mixtures") / path.name, 20 * 10**9)
+    assert sum(row["share"] for row in found["sources"]) == pytest.approx(1)
+    for name, source in read_yaml(path)["data"]["mixture"].items():
+        assert set(source["corpora"]) <= ADAPTERS.keys(), name
+
+
 def unstated(kind: type[BaseModel], values: dict[str, Any], where: str = "") -> list[str]:
     """Fields that a file leaves to their defaults, but for those that mean "none" or have only one value."""
     found = []
@@ -160,7 +180,7 @@ def test_every_key_is_explained(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     keys = [line for line in lines if re.match(r"\s*(\w+:\s*\S|- )", line) and not line.startswith("base:")]
-    silent = [line for line in keys if " # " not in line and not re.match(r"\s+(path|weight):|\w+:\s+#", line)]
+    silent = [line for line in keys if " # " not in line and not re.match(r"\s+(path|weight|corpora):|\w+:\s+#", line)]
     assert silent == []
     named = [line for line in lines if re.match(r"    \w+:", line)] if path.parent.name == "mixtures" else []
     assert all(" # " in line for line in named)

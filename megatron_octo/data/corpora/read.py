@@ -14,7 +14,7 @@ from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora.lines import numbered_lines, parse_line, text_of
 from megatron_octo.data.corpora.problems import build_world, heldout_questions, problems
 from megatron_octo.data.corpora.registry import Adapter, Field, adapter_of
-from megatron_octo.data.corpora.render import BadRecord, Unsuitable, as_is, same_question
+from megatron_octo.data.corpora.render import BadRecord, Unsuitable, as_is, restyled, same_question
 from megatron_octo.data.corpora.rows import numbered_rows
 from megatron_octo.data.corpora.shard import Shard, is_parquet
 from megatron_octo.errors import DataError
@@ -104,7 +104,7 @@ class ShardReader:
         shard, accounts = self._shard, self.accounts
         adapter = adapter_of(self._config, shard.corpus)
         names = self._config.corpora[shard.corpus].fields
-        parse, text_of_record = self._parse(adapter, names), _call(adapter, adapter.render, names)
+        parse, text_of_record = self._parse(adapter, names), self._text(adapter, names)
         asks_heldout = self._asks_heldout(adapter, names)
         prefix = f"{shard.corpus}/{shard.name}:"
         for number, raw in self._records(adapter, names):
@@ -123,6 +123,14 @@ class ShardReader:
                 accounts.documents += 1
                 kept = {name: record[name] for name in self._keep if name in record}
                 yield Document(text, f"{prefix}{number}", metadata=kept)
+
+    def _text(self, adapter: Adapter, names: dict[str, str]) -> Callable[[dict[str, Any]], str]:
+        """Makes the text of a record, in the form its corpus is asked for."""
+        text, rendering = _call(adapter, adapter.render, names), self._config.corpora[self._shard.corpus].rendering
+        if rendering == "published" or adapter.question is None:
+            return text
+        question = _call(adapter, adapter.question, names)
+        return lambda record: restyled(text(record), question(record), rendering)
 
     def _asks_heldout(self, adapter: Adapter, names: dict[str, str]) -> Callable[[dict[str, Any]], bool] | None:
         """Whether a record asks a question that nothing may be trained on; None where it cannot."""

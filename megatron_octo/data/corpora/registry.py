@@ -264,6 +264,12 @@ def adapter_of(config: Inputs, name: str) -> Adapter:
     if adapter.refused:
         why, fix = adapter.refused
         raise ConfigError(f"{where}: {adapter.name} cannot be read", why, fix)
+    if corpus.rendering != "published" and adapter.question is not _first:
+        raise ConfigError(
+            f"{where}.rendering = {corpus.rendering!r} with adapter {adapter.name}",
+            "only questions with solutions have other forms",
+            "leave it out, or name an adapter of such a corpus",
+        )
     known = [field.name for field in adapter.fields]
     for field in corpus.fields:
         if field not in known:

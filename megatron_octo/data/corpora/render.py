@@ -47,6 +47,23 @@ def prompted(question: str, answer: str) -> str:
     return f"{QUESTION_TEMPLATE.format(question=question.strip())} {answer.strip()}"
 
 
+def restyled(text: str, question: str, rendering: str) -> str:
+    """The same question and solution in another form, to part what a text says from how it is laid out.
+
+    Args:
+        text: as `pair` or `prompted` wrote it.
+        question: that it begins with.
+        rendering: `qa`, as they stand in prompts; `prose`, one running paragraph without marks and breaks; or
+            `published`, as it is.
+    """
+    if rendering == "published":
+        return text
+    asked = question.strip()
+    start = next(start for start in (QUESTION_TEMPLATE.format(question=asked), asked) if text.startswith(start))
+    solution = text[len(start) :].strip()
+    return prompted(asked, solution) if rendering == "qa" else " ".join(f"{asked} {solution}".split())
+
+
 def gsm8k(question: str, answer: str) -> str:
     r"""GSM8K's pair in that form, its answer without calculator marks and with `\boxed{72}` for the line `#### 72`.
 

@@ -42,6 +42,16 @@ def cached(cache: Path, order: dict[str, Any], names: Sequence[str], compute: Ca
     return _load(order, names, directory)
 
 
+def found(cache: Path, order: dict[str, Any], names: Sequence[str]) -> Arrays | None:
+    """The same where a cache holds them, else None.
+
+    Raises:
+        DataError: what is in the cache is damaged.
+    """
+    directory = cache / hash_json(order)[:24]
+    return _load(order, names, directory) if directory.is_dir() else None
+
+
 def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Path) -> None:
     """Write arrays into a temporary directory and rename it; whoever comes second throws its copy away."""
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +73,10 @@ def _publish(arrays: dict[str, np.ndarray], order: dict[str, Any], directory: Pa
 def _load(order: dict[str, Any], names: Sequence[str], directory: Path) -> Arrays:
     """Open cached arrays, having seen that they are of this order and not, say, of another seed, or copied in part."""
     try:
-        found = json.loads((directory / _ORDER).read_text(encoding="utf-8"))
-        digests = found.pop("arrays", {}) if isinstance(found, dict) else {}
-        if found != order:
-            raise ValueError(f"it holds the order {found}, not {order}")
+        stored = json.loads((directory / _ORDER).read_text(encoding="utf-8"))
+        digests = stored.pop("arrays", {}) if isinstance(stored, dict) else {}
+        if stored != order:
+            raise ValueError(f"it holds the order {stored}, not {order}")
         altered = [name for name in names if spot_digest(directory / f"{name}.npy") != digests.get(name)]
         if altered:
             raise ValueError(f"{altered[0]}.npy is not as it was written")

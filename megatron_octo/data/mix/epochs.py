@@ -8,12 +8,12 @@ epoch the order is Megatron's own.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_octo.data.index.pairs import Index
-from megatron_octo.data.mix.cache import cached
+from megatron_octo.data.mix.cache import cached, found
 from megatron_octo.data.mix.order import borders_of_windows
 
 _LAYOUT = 3  # of the cached directory; raised when its meaning changes
@@ -49,10 +49,18 @@ def epochs_of(index: Index, sequence_length: int, epochs: int, seed: int, digest
         DataError: the cache is damaged.
         EnvironmentProblem: megatron-core's compiled helper is missing.
     """
-    order = {
-        "layout": _LAYOUT, "index": digest, "sequence_length": sequence_length, "epochs": epochs, "seed": seed,
-    }  # fmt: skip
+    order = _order(sequence_length, epochs, seed, digest)
     return Epochs(*cached(cache, order, Epochs._fields, lambda: shuffled(index, sequence_length, epochs, seed)))
+
+
+def cached_epochs(sequence_length: int, epochs: int, seed: int, digest: str, cache: Path) -> Epochs | None:
+    """Passes over a source as a run has left them in its cache; None where it has not. Writes nothing."""
+    arrays = found(cache, _order(sequence_length, epochs, seed, digest), Epochs._fields)
+    return None if arrays is None else Epochs(*arrays)
+
+
+def _order(sequence_length: int, epochs: int, seed: int, digest: str) -> dict[str, Any]:
+    return {"layout": _LAYOUT, "index": digest, "sequence_length": sequence_length, "epochs": epochs, "seed": seed}
 
 
 def shuffled(index: Index, sequence_length: int, epochs: int, seed: int) -> Epochs:
