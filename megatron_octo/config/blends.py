@@ -47,7 +47,12 @@ def blends_of(data: DataConfig, first_window: int = 0, history: Sequence[Mapping
     before = [Blend(int(one["first"]), dict(one["weights"])) for one in history]
     if not before:
         return [Blend(0, own[0].weights), *own[1:]]
-    return before + (own[1:] if before[-1].weights == own[0].weights else own)
+    return before + (own[1:] if _same(before[-1].weights, own[0].weights) else own)
+
+
+def _same(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two mixtures are one, their weights written with as many digits as anybody writes."""
+    return one.keys() == other.keys() and all(math.isclose(one[name], other[name], rel_tol=1e-9) for name in one)
 
 
 def read_so_far(blends: Sequence[Blend], windows: int) -> list[Blend]:

@@ -215,8 +215,10 @@ def test_a_phase_that_has_begun_stays(sources: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", sources, data={"phases": phases})
     trained(run, 5)
     plan_start(run_of(tmp_path / "run", sources, data={"phases": phases[:1]}))
-    with pytest.raises(ConfigError, match="other mixtures"):
-        plan_start(run_of(tmp_path / "run", sources, data={"phases": phases[1:]}))
+    replaced = [{**phases[0], "mixture": {"code": {"path": str(sources / "other"), "weight": 1}}}]
+    for other in (phases[1:], replaced):
+        with pytest.raises(ConfigError, match="other mixtures"):
+            plan_start(run_of(tmp_path / "run", sources, data={"phases": other}))
 
 
 # -- the forecast
