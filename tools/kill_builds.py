@@ -231,13 +231,14 @@ def main() -> int:
         parser.error("--kills is at least 1")
     if not options.scratch.is_dir():
         parser.error(f"--scratch {options.scratch}: no such directory")
-    import transformers.tokenization_utils_fast  # noqa: F401
+    import tokenizers  # noqa: F401
 
     import megatron_octo.data.engine.build  # noqa: F401  once, for all builds
+    import megatron_octo.data.index.train_tokenizer  # noqa: F401
     from megatron_octo.progress import Progress
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork copies no threads
-    began, kills = time.monotonic(), min(options.kills, 12) if options.quick else options.kills
+    began, kills = time.monotonic(), min(options.kills, 8) if options.quick else options.kills
     with tempfile.TemporaryDirectory(prefix="kill_builds_", dir=options.scratch) as scratch:
         storm = Storm(Path(scratch), options.seed)
         with Progress("kills", kills, "kills") as bar:

@@ -70,6 +70,7 @@ def build_data(
         sources = {name: found or finished["sources"][name] for name, found in joined}
         manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, clean_facts(facts, plan.shards))
         publish(out, manifest, ["tokenizer", "problems", *_files(facts[JOIN])])
+        shutil.rmtree(out / WORK)
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,6 +72,8 @@ class OnRay:
 
         if not ray.is_initialized():
             try:
+                # of accelerators, which data does not need
+                warnings.filterwarnings("ignore", category=FutureWarning, module="ray.*")
                 ray.init(
                     num_cpus=self._workers if not os.environ.get("RAY_ADDRESS") else None, include_dashboard=False,
                     log_to_driver=False, logging_level=logging.ERROR,

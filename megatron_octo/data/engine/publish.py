@@ -31,7 +31,7 @@ def publish(out: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def finish_publishing(out: Path) -> None:
-    """Go on where a process was killed while it published; nothing where none was."""
+    """Go on where a process was killed while it published; nothing where none was. Whoever calls clears the work."""
     work = out / WORK
     names = read_json(work / _COMPLETE)
     if names is None:
@@ -41,7 +41,6 @@ def finish_publishing(out: Path) -> None:
             place(work / RESULT / name, out / name)
     flush_to_disk(out)
     (work / _COMPLETE).unlink()
-    shutil.rmtree(work)
 
 
 def place(source: Path, target: Path) -> None:
