@@ -108,3 +108,9 @@ def test_an_unfinished_pair_does_not_show(tmp_path: Path, pair: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_indexed(pair, broken(), 500)
     assert hash_file(bin_path(pair)) == before and read_index(pair).documents == 50
+
+
+def test_a_token_outside_the_vocabulary_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="token 500 is outside a vocabulary of 500"):
+        write_indexed(tmp_path / "pair", [[1, 2], [3, 500]], 500)
+    assert list(tmp_path.iterdir()) == []
