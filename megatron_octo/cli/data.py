@@ -111,6 +111,24 @@ def verify(directory: Path) -> None:
     typer.echo(f"{directory}: every file is as its manifest says")
 
 
+@app.command("report")
+def report(
+    directory: Path,
+    out: Annotated[Path | None, typer.Option(help="file to write; report.html in the directory by default")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page of a data directory: sizes, lengths, what was left out and why, recall, samples, inputs.
+
+    The page needs no network. --json prints the facts it shows.
+
+    Example: octo data report data --out report.html
+    """
+    from megatron_octo.data.report.report import write_report
+
+    path, facts = write_report(directory, out)
+    print_json(facts) if as_json else typer.echo(f"report: {path}")
+
+
 @app.command("curate")
 def curate_command(
     file: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from megatron_octo.page.palette import variable
 from megatron_octo.units import format_bytes, format_duration, format_tokens
 
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
 FORMATS = {
     "percent": lambda value: f"{value:.1%}",
+    "share": lambda value: f"{value:.2%}",
     "points": lambda value: f"{100 * value:+.1f} points",
     "tokens": lambda value: format_tokens(round(value)),
     "duration": format_duration,
@@ -64,6 +68,15 @@ class Facts:
         if not (self.has(f"{path}/low") and self.has(f"{path}/high")):
             return ""
         return f" <small>({self(f'{path}/low', 'percent')} to {self(f'{path}/high', 'percent')})</small>"
+
+
+def shown(text: str) -> str:
+    """A text from outside as HTML: it stays text whatever is in it.
+
+    Control characters, halves of surrogate pairs and marks that turn the direction of writing become U+FFFD: a page
+    cannot hold the first two, and the third would reach beyond the text.
+    """
+    return escape(_UNFIT.sub("\ufffd", text))
 
 
 def coloured(colour: str) -> str:

@@ -58,8 +58,8 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
         told |= {name: made[name] for name in ("code", "versions", "tokenizer")}
         told |= {"settings": made["settings"].get("index"), "source": facts}
         told["inputs"] = made["inputs"].get(f"corpora.{prefix.name}")
-    told["frequent"] = _frequent(counts, encoder)
-    told["samples"] = [_sample(index, place, encoder) for place in _places(index.documents, first)]
+    told["frequent"] = frequent_tokens(counts, encoder, _FREQUENT)
+    told["samples"] = [show_document(index, place, encoder) for place in spread_places(index.documents, first)]
     against = ["the index"]
     against += [f"{rows} rows of the tokenizer"] if rows else []
     against += ["the manifest's hashes"] if facts is not None else []
@@ -80,9 +80,16 @@ def _extremes(index: Index) -> tuple[int | None, int | None]:
     return (min(low for low, _ in parts), max(high for _, high in parts)) if parts else (None, None)
 
 
-def _frequent(counts: np.ndarray, encoder: Encoder | None) -> list[dict[str, Any]]:
+def frequent_tokens(counts: np.ndarray, encoder: Encoder | None, most: int) -> list[dict[str, Any]]:
+    """The most frequent tokens: text (the id where there is no tokenizer), count, and share of all tokens.
+
+    Args:
+        counts: how often each token occurs, int64 [rows].
+        encoder: to decode with.
+        most: how many; tokens that never occur are left out.
+    """
     total = max(1, int(counts.sum()))
-    ids = [int(token) for token in np.argsort(-counts, kind="stable")[:_FREQUENT] if counts[token]]
+    ids = [int(token) for token in np.argsort(-counts, kind="stable")[:most] if counts[token]]
     return [
         {
             "token": encoder.decode([token]) if encoder else token,
@@ -93,18 +100,27 @@ def _frequent(counts: np.ndarray, encoder: Encoder | None) -> list[dict[str, Any
     ]
 
 
-def _places(documents: int, wanted: int) -> list[int]:
+def spread_places(documents: int, wanted: int) -> list[int]:
+    """Places of documents to show: the first, the last, and others between them at equal distance."""
     if wanted >= documents or wanted < 2:
         return list(range(min(wanted, documents)))
     return [number * (documents - 1) // (wanted - 1) for number in range(wanted)]
 
 
-def _sample(index: Index, place: int, encoder: Encoder | None) -> dict[str, Any]:
+def show_document(index: Index, place: int, encoder: Encoder | None, most: int = _SHOWN) -> dict[str, Any]:
+    """One document: its place, tokens, id where there is a table, and text (token ids where there is no tokenizer).
+
+    Args:
+        index: of the pair.
+        place: of the document.
+        encoder: to decode with.
+        most: characters of its text; a longer one is shown by its beginning and its end.
+    """
     tokens = index.document(place).tolist()
     found: dict[str, Any] = {"document": place, "tokens": len(tokens)}
     if docs_path(index.prefix).is_file():
         found["id"] = DocumentTable(docs_path(index.prefix)).id_of(place)
     if encoder is None:
-        return {**found, "ids": tokens[:_SHOWN]}
+        return {**found, "ids": tokens[:most]}
     text = encoder.decode(tokens)
-    return {**found, "text": text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"}
+    return {**found, "text": text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"}

@@ -1,0 +1,181 @@
+"""The page of a data directory, section by section."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from megatron_octo.data.report import figures
+from megatron_octo.data.report.appendix import licences_section, origins_section, samples_section
+from megatron_octo.data.report.cleaning import accounts_section, recall_section, removed_section
+from megatron_octo.page.drawing import to_svg
+from megatron_octo.page.markup import Facts, absent, coloured, key, shown, table
+from megatron_octo.page.palette import BLUE, GREEN, NEUTRAL, VERMILION, style_sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def render_page(facts: dict[str, Any]) -> str:
+    """Draw the page.
+
+    Args:
+        facts: as `facts.build_facts` returns them.
+
+    Returns:
+        HTML that needs no other file and no network; texts of corpora are escaped and inert.
+    """
+    show, colours = Facts(facts), figures.source_colours(facts)
+    recall = facts["cleaning"]["recall"]
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=style_sheet(),
+        title=shown(f"Data: {facts['name']}"),
+        banner=_banner(facts),
+        summary=_summary(show),
+        cards=_cards(show),
+        sources=_sources(show, colours),
+        lengths=_lengths(show, colours),
+        tokens=_tokens(show),
+        accounts=_both(facts, figures.left_out_figure, "left-out", "Share of records left out, by source and reason")
+        + accounts_section(show, colours),
+        removed=removed_section(show, colours),
+        recall=recall_section(show, _picture(figures.recall_figure(recall), "recall", _RECALL) if recall else ""),
+        samples=samples_section(facts, colours),
+        licences=licences_section(facts, colours),
+        origins=origins_section(show),
+    )
+
+
+_RECALL = "Share of planted leaks that are found, and of near-misses taken for leaks, by kind"
+
+
+def _banner(facts: dict[str, Any]) -> str:
+    wrong = [name for name, one in facts["sources"].items() if one["accounts"] and not one["accounts"]["adds_up"]]
+    if not wrong:
+        return ""
+    names = escape(", ".join(wrong))
+    return f'<div class="banner"><b>The accounts of {names} do not add up.</b> Records are lost or counted twice.</div>'
+
+
+def _summary(show: Facts) -> str:
+    sources, cleaning = show.values["sources"], show.values["cleaning"]
+    several = "1 source" if len(sources) == 1 else f"{len(sources)} sources"
+    parts = [f"{show('tokens', 'tokens')} tokens in {show('documents', 'count')} documents from {several}."]
+    if cleaning["corpora"]:
+        removed = f"{show('totals/removed', 'count')} documents were removed as duplicates or leaks"
+        parts.append(f"{removed} and {show('totals/skipped', 'count')} damaged or unsuitable records were skipped.")
+    else:
+        parts.append("Nothing was asked to be deduplicated or compared with benchmarks.")
+    return " ".join(parts)
+
+
+def _cards(show: Facts) -> str:
+    values = show.values
+    cleaning = values["cleaning"]
+    left = '<span class="none">not looked for</span>'
+    cards = [
+        (BLUE, "tokens", show("tokens", "tokens"), f"{show('documents', 'count')} documents"),
+        (
+            NEUTRAL, "vocabulary", show("tokenizer/vocabulary", "count"),
+            f"{show('tokenizer/used', 'count')} of its entries occur",
+        ),
+        (
+            GREEN, "duplicates and leaks removed", show("totals/removed", "count") if cleaning["corpora"] else left,
+            f"of {show('totals/read', 'count')} records read" if cleaning["corpora"] else "",
+        ),
+        (
+            VERMILION, "decontamination, precision",
+            show("cleaning/recall/precision", "percent", "not measured"),
+            "on planted leaks and near-misses" if cleaning["recall"] else "",
+        ),
+    ]  # fmt: skip
+    return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+
+
+def _card(colour: str, title: str, figure: str, below: str) -> str:
+    inner = f'<dl><dd><span class="big">{figure}</span><br><small>{below}</small></dd></dl>'
+    return f'<div class="card" {coloured(colour)}><h3>{title}</h3>{inner}</div>'
+
+
+def _sources(show: Facts, colours: dict[str, str]) -> str:
+    columns = {
+        "tokens": ("tokens", "count"), "share": ("share_of_tokens", "percent"), "documents": ("documents", "count"),
+        "share ": ("share_of_documents", "percent"), "unigram entropy, nats": ("unigram_entropy", "loss"),
+        "vocabulary used": ("used", "count"), "files": ("bytes", "bytes"),
+    }  # fmt: skip
+    rows = [
+        [key(colour, name), *(show(f"sources/{name}/{field}", kind) for field, kind in columns.values())]
+        for name, colour in colours.items()
+    ]
+    said = (
+        '<p class="small">Shares are of what was built. A build file states no mixture: how much a run reads of each '
+        "source, and in how many passes, <code>octo data forecast</code> says of the run's file. Unigram entropy: the "
+        "loss of a reader who knows only how often each token occurs.</p>"
+    )
+    label = "Tokens and documents of every source"
+    return (
+        _both(show.values, figures.sources_figure, "sources-by-size", label) + table(["source", *columns], rows) + said
+    )
+
+
+def _lengths(show: Facts, colours: dict[str, str]) -> str:
+    drawn = _both(show.values, figures.lengths_figure, "by-length", "Lengths of documents by source, logarithmic bins")
+    caption = (
+        '<p class="small">Coloured: share of the documents. Line: share of the tokens. Two bins to a doubling.</p>'
+    )
+    rows = []
+    for name, colour in colours.items():
+        path, middle = f"sources/{name}/lengths", show.values["sources"][name]["lengths"]["middle"]
+        median = f"{middle[0]:,} to {middle[1] - 1:,}" if middle else "–"
+        rows.append(
+            [
+                key(colour, name), show(f"{path}/shortest", "count", "–"), median, show(f"{path}/mean", "length", "–"),
+                show(f"{path}/longest", "count", "–"),
+            ]
+        )  # fmt: skip
+    return (
+        (drawn or absent("No documents."))
+        + caption
+        + table(["source", "shortest", "median in", "mean", "longest"], rows)
+    )
+
+
+_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
+
+
+def _tokens(show: Facts) -> str:
+    frequent = show.values["frequent"]
+    if not frequent:
+        return absent("No tokens.")
+    most = frequent[0]["count"]
+    bars = "".join(
+        f'<code>{shown(str(one["token"]).translate(_VISIBLE))}</code><span class="bar" {coloured(BLUE)}>'
+        f'<i style="width:{70 * one["count"] / most:.1f}%"></i>{one["count"]:,} <small>{one["share"]:.1%}</small>'
+        "</span>"
+        for one in frequent
+    )
+    title = "Frequency over rank, by source"
+    drawn = _picture(figures.ranks_figure(show.values), "ranks", title, title)
+    return f'<div class="pair"><figure><h3>All sources</h3><div class="bars">{bars}</div></figure>{drawn}</div>'
+
+
+def _both(facts: dict[str, Any], draw: Any, name: str, label: str) -> str:
+    """A figure for wide screens and one for narrow screens; nothing where there is nothing to draw."""
+    drawn = {width: draw(facts, width == "wide") for width in ("wide", "narrow")}
+    if any(figure is None for figure in drawn.values()):
+        return ""
+    inner = "".join(
+        f'<div class="{width}">{to_svg(figure, f"{name}-{width}", label)}</div>' for width, figure in drawn.items()
+    )
+    return f"<figure>{inner}</figure>"
+
+
+def _picture(figure: Figure | None, name: str, label: str, title: str = "") -> str:
+    if figure is None:
+        return ""
+    heading = f"<h3>{escape(title)}</h3>" if title else ""
+    return f"<figure>{heading}{to_svg(figure, name, label)}</figure>"

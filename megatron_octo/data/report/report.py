@@ -1,0 +1,32 @@
+"""A finished data directory -> one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.data.report.facts import build_facts
+from megatron_octo.files import write_text
+
+PAGE = "report.html"
+
+
+def write_report(directory: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Write the page of a data directory, completely or not at all.
+
+    Args:
+        directory: finished by `octo data build`.
+        out: file to write; by default `report.html` in the directory.
+
+    Returns:
+        The file, and the facts that the page shows.
+
+    Raises:
+        DataError: the directory holds no finished build, or a file of it is missing or damaged.
+    """
+    from megatron_octo.data.report.page import render_page
+
+    facts = build_facts(directory)
+    path = out or directory / PAGE
+    write_text(path, render_page(facts))
+    return path, facts
