@@ -34,7 +34,7 @@ def render_page(facts: dict[str, Any]) -> str:
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         style=style_sheet(),
         title=shown(f"Data: {facts['name']}"),
-        banner=_banner(facts),
+        banner=doubt(facts),
         summary=_summary(show),
         cards=_cards(show),
         sources=_sources(show, colours),
@@ -53,7 +53,8 @@ def render_page(facts: dict[str, Any]) -> str:
 _RECALL = "Share of planted leaks that are found, and of near-misses taken for leaks, by kind"
 
 
-def _banner(facts: dict[str, Any]) -> str:
+def doubt(facts: dict[str, Any]) -> str:
+    """What makes the directory doubtful, above everything else; nothing where all adds up."""
     wrong = [name for name, one in facts["sources"].items() if one["accounts"] and not one["accounts"]["adds_up"]]
     if not wrong:
         return ""
