@@ -114,6 +114,7 @@ class Train(Strict):
     minimum_count: int = Field(default=3, gt=0, description="a rarer word is left out")
     rate: Positive = 0.1
     epochs: int = Field(default=5, gt=0)
+    threads: int = Field(default=1, gt=0, le=256, description="more are faster and never give the same bytes twice")
     balanced: bool = Field(default=True, description="train on as many negatives as positives; never so held out")
     held_out: Share = Field(default=0.1, description="share of the judged documents it is measured on")
 

@@ -248,6 +248,18 @@ def test_the_command(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert str(_octo(tmp_path / "none.yaml", out).exception).startswith(f"{tmp_path / 'none.yaml'}: no such file")
 
 
+def test_a_key_of_the_last_step_is_missed_before_the_first(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = whole
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    with serving(either) as server:
+        other = {"endpoint": {"url": server.url, "model": "m", "key_variable": "OTHER_KEY"}}
+        with pytest.raises(ConfigError, match="variable OTHER_KEY is not set"):
+            curate(config(folder / "in", server, refine=other), tmp_path / "out")
+    assert not server.requests
+
+
 def _octo(file: Path, out: Path, *options: str) -> Any:
     return CliRunner().invoke(app, ["data", "curate", str(file), "--out", str(out), *options])
 

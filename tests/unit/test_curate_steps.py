@@ -226,10 +226,14 @@ def test_training_gives_the_same_bytes_and_is_repeated_at_a_lower_rate(
     for name in ("a", "b"):
         assert train.fit(settings, lines, tmp_path / name, 3) == {"rate": 0.4, "failed_tries": 0}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(StageFailed, match="failed: ValueError: Empty vocabulary. Try a smaller -minCount value"):
+        train.fit(settings.model_copy(update={"minimum_count": 5000}), lines, tmp_path / "c", 3)
     asked = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(json.loads(Path(command[-1]).read_text())["lr"])
+        given = json.loads(Path(command[-1]).read_text())
+        assert given["thread"] == 1
+        asked.append(given["lr"])
         return subprocess.CompletedProcess(command, codes[len(asked) - 1], "", "boom\nout of memory")
 
     monkeypatch.setattr(subprocess, "run", run)

@@ -140,7 +140,7 @@ def balanced(labels: np.ndarray, draws: np.ndarray, wanted: bool) -> np.ndarray:
 
 
 def fit(train: Train, lines: Path, out: Path, seed: int) -> dict[str, Any]:
-    """Train fastText in a fresh process, with one thread, so that the same lines give the same bytes.
+    """Train fastText in a process of its own, so that with one thread the same lines give the same bytes.
 
     fastText 0.9.2 with one thread sets only the first tenth of its input matrix and takes the rest as the memory comes:
     whatever was there before, up to numbers that are none. glibc's allocator, told to perturb memory with 255, hands
@@ -156,7 +156,7 @@ def fit(train: Train, lines: Path, out: Path, seed: int) -> dict[str, Any]:
     settings = {
         "input": str(lines), "out": str(out), "dim": train.dimension, "epoch": train.epochs, "seed": seed % 2**31,
         "wordNgrams": train.word_ngrams, "bucket": train.buckets if train.word_ngrams > 1 else 0, "loss": "softmax",
-        "minCount": train.minimum_count, "thread": 1, "verbose": 0,
+        "minCount": train.minimum_count, "thread": train.threads, "verbose": 0,
     }  # fmt: skip
     file = lines.with_name("settings.json")
     rates = [train.rate / 2**number for number in range(_TRIES)]
