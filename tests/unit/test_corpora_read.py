@@ -206,9 +206,10 @@ def test_a_large_file_is_cut_into_parts_that_give_the_same(
 def test_a_folder_a_glob_and_a_file(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.parquet", "3.jsonl.zst"):
         write_rows(tmp_path / "data" / name, [{"text": name}])
-    (tmp_path / "data" / "README.md").write_text("not a corpus")
+    for name in ("README.md", "dataset_info.json", ".hidden.jsonl"):
+        (tmp_path / "data" / name).write_text("not of the corpus")
     found = {name: f"c/{name}:1" for name in ("3.jsonl.zst", "a/1.parquet", "b/2.jsonl")}
-    for path in (tmp_path / "data", f"{tmp_path}/data/**/*.[jp]*", f"{tmp_path}/data/**/*[lt]*"):
+    for path in (tmp_path / "data", f"{tmp_path}/data/**/[1-3].[jp]*", f"{tmp_path}/data/**/[1-3]*[lt]*"):
         assert read(path)[0] == [(name, text) for text, name in found.items()]
     assert read(f"{tmp_path}/data/b/2*")[0] == [("c/2.jsonl:1", "b/2.jsonl")]
 

@@ -66,7 +66,7 @@ def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]
         return [(os.path.basename(path), path)]
     if os.path.isdir(path):
         root, every = path, glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
-        paths = [one for one in every if _READABLE.search(one)]
+        paths = [one for one in every if _is_corpus(one)]
     elif glob.has_magic(path):
         root, paths = os.path.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0]), glob.glob(path, recursive=True)
     else:
@@ -100,7 +100,7 @@ def _expanded(system: Any, path: str) -> list[str]:
         return sorted(one for one in system.glob(path) if system.isfile(one))
     if system.isfile(path):
         return [path]
-    return sorted(one for one in system.find(path) if _READABLE.search(one))
+    return sorted(one for one in system.find(path) if _is_corpus(one))
 
 
 def _hub_files(where: str, adapter: Adapter) -> list[tuple[str, str]]:
@@ -111,6 +111,11 @@ def _hub_files(where: str, adapter: Adapter) -> list[tuple[str, str]]:
         rule += f", which gives it {adapter.gated}: HF_TOKEN tells who you are"
     fix = f"set {where}.path to a copy: hf download --repo-type dataset {adapter.hub} --include {adapter.files!r}"
     return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}", rule, fix)
+
+
+def _is_corpus(path: str) -> bool:
+    """Whether a file found in a folder is of the corpus; a plain `.json` there describes it, by custom."""
+    return _READABLE.search(path) is not None and not path.endswith(".json")
 
 
 def _refuse_unreadable(where: str, paths: list[str]) -> None:
