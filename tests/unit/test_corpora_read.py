@@ -79,6 +79,9 @@ def test_reasons_stay_few_and_lines_named_twenty(tmp_path: Path) -> None:
     path.write_bytes(b"".join(b'{"text": "' + b"x" * number + b'\xff"}\n' for number in range(50)) + b'{"text": "x"}\n')
     documents, accounts = read(path, "skip")
     assert accounts.skipped == {"not UTF-8": 50} and len(documents) == 1
+    config = config_of({"c": {"path": str(path)}}, on_bad_line="skip")
+    reader = ShardReader(config, *list_shards(config, "c"))
+    assert len(list(reader)) == 1 and len(reader.accounts.first) == 20
     assert len(accounts.first) == 20 and accounts.first[19] == "c.jsonl:20: not UTF-8 at byte 30 of the line"
 
 
