@@ -1,7 +1,7 @@
 """Train one fastText model; run as a process of its own, see `train.fit`.
 
 `python -m megatron_octo.data.curate.fit SETTINGS.json` takes the arguments of fastText's `train_supervised`, and `out`.
-Exit code 9 means that fastText met a number that is none.
+Exit code 9 means that fastText met a number that is none, 10 that it was left without words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-NOT_A_NUMBER = 9
+NOT_A_NUMBER, NO_WORDS = 9, 10
 _SET_SIGNAL_OF_PARENTS_DEATH = 1
 
 
@@ -31,6 +31,8 @@ def main() -> int:
         if "NaN" not in str(error):
             raise
         return NOT_A_NUMBER
+    if not set(model.get_words()) - {"</s>"}:
+        return NO_WORDS
     model.save_model(out)
     return 0
 

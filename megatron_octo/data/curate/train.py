@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_octo.config.curate import Train
-from megatron_octo.data.curate.fit import NOT_A_NUMBER
+from megatron_octo.data.curate.fit import NO_WORDS, NOT_A_NUMBER
 from megatron_octo.data.curate.judge import JUDGED
 from megatron_octo.data.curate.normalize import normalized
 from megatron_octo.data.curate.parts import Curation, Part, left, random_number, read_documents
@@ -150,7 +150,7 @@ def fit(train: Train, lines: Path, out: Path, seed: int) -> dict[str, Any]:
         `rate`, the learning rate that was used, and `failed_tries` at higher ones.
 
     Raises:
-        DataError: fastText met a number that is none at every rate.
+        DataError: fastText met a number that is none at every rate, or knows no word.
         StageFailed: the process ended in another way.
     """
     settings = {
@@ -173,6 +173,12 @@ def fit(train: Train, lines: Path, out: Path, seed: int) -> dict[str, Any]:
         )
         if done.returncode == 0:
             return {"rate": rate, "failed_tries": failed}
+        if done.returncode == NO_WORDS:
+            raise DataError(
+                f"no word occurs {train.minimum_count} times in the documents to learn from",
+                "the classifier would know nothing",
+                "draw a larger sample, or set a lower train.minimum_count",
+            )
         if done.returncode != NOT_A_NUMBER:
             words = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
             raise StageFailed(f"the training of the classifier failed: {words}", "it is a process of its own")
