@@ -22,6 +22,7 @@ from megatron_octo.data.mix.reader import build_train_dataset
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.runtime.launch import launch
 from megatron_octo.train.api import load_run
+from megatron_octo.train.ledger import who
 from megatron_octo.train.start import plan_start
 
 HERE = Path(__file__).parent
@@ -179,6 +180,22 @@ def test_a_branch_with_another_mixture_reads_on_in_every_source(folder, consumed
     said = "goes on at window 32 with another mixture: more 0.5, web 0.5 (was web 1)"
     assert lineage["carried"]["data"] == said
     assert lineage["history"] == [{"first": 0, "weights": {"web": 1.0}}]
+
+
+def test_who_names_the_steps_that_read_a_document(folder, consumed):
+    """Of real run directories: the parent's steps and its branch's are those whose windows hold the document."""
+    read = {}
+    for name, last in (("whole", STEPS * BATCH), ("other", 10 * BATCH)):
+        start = plan_start(load_run(folder / name / "config.yaml"))
+        dataset = build_train_dataset(start.run.data, last, folder / "independent", start.blends)
+        read[name] = [(step, dataset.window(window)) for step, _, window, _ in consumed[name]]
+    document = next(window.documents[0] for _, window in read["other"] if window.source == "web")
+    runs = who(folder / "other", number=document, source="web")["runs"]
+    found = {Path(one["directory"]).name: one["readings"] for one in runs}
+    for name, lines in read.items():
+        holds = [(step, w.window) for step, w in lines if w.source == "web" and document in w.documents]
+        assert holds and [(one["step"] - 1, one["window"]) for one in found[name]] == holds
+        assert {one["state"] for one in found[name]} == {"read"}
 
 
 OTHER = ["data.mixture.web.weight=0.5", "data.mixture.more={{path: other, weight: 0.5}}"]

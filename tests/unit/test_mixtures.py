@@ -416,3 +416,53 @@ def test_the_manifests_hash_is_taken_while_its_files_are_as_it_says(tmp_path: Pa
     assert content_digest(index)["index"] == real
     manifest.unlink()
     assert content_digest(index)["index"] == real
+
+
+def test_what_one_process_has_checked_the_others_only_map(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its digests known a dataset is opened without a look at its documents, and is the same."""
+    from megatron_octo.data.index import pairs
+    from megatron_octo.data.mix import identity
+
+    data = data_of(sources)
+    first = build_train_dataset(data, 40, tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(pairs, "_check_documents", refuse)
+    monkeypatch.setattr(identity, "hash_file", refuse)
+    other = build_train_dataset(data, 40, tmp_path, known=first.digests)
+    assert other.digests == first.digests and other.facts == first.facts
+    assert all(other[n]["tokens"].equal(first[n]["tokens"]) for n in range(40))
+    with pytest.raises(AssertionError, match="read again"):
+        build_train_dataset(data, 40, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "record"),
+    [
+        ("openmathinstruct-2", {"problem": "How many\nare 2 + 3? ", "generated_solution": "Two and three.\n\nFive."}),
+        ("qa", {"question": "How many\nare 2 + 3? ", "answer": "Two and three.\n\nFive."}),
+    ],
+)
+def test_the_same_items_as_questions_and_as_prose(tmp_path: Path, adapter: str, record: dict[str, str]) -> None:
+    from megatron_octo.config.data import DataBuildConfig
+    from megatron_octo.data.corpora.read import ShardReader
+    from megatron_octo.data.corpora.shard import list_shards
+
+    (tmp_path / "items.jsonl").write_text(json.dumps(record) + "\n")
+
+    def read(**more: str) -> str:
+        corpus = {"adapter": adapter, "path": str(tmp_path / "items.jsonl"), **more}
+        config = parse_config(DataBuildConfig, {"tokenizer": {"path": "t"}, "corpora": {"items": corpus}}, "build")
+        [document] = ShardReader(config, list_shards(config, "items")[0])
+        return document.text
+
+    assert read(rendering="qa") == "Question: How many\nare 2 + 3?\nAnswer: Two and three.\n\nFive."
+    assert read(rendering="prose") == "How many are 2 + 3? Two and three. Five."
+    assert read() in ("How many\nare 2 + 3?\nTwo and three.\n\nFive.", read(rendering="qa"))
+    with pytest.raises(ConfigError, match="rendering = 'prose' with adapter text"):
+        (tmp_path / "items.jsonl").write_text('{"text": "a"}\n')
+        read(adapter="text", rendering="prose")
