@@ -154,7 +154,8 @@ def _epochs(group: list[_Reader], index: Index) -> Epochs:
     """As many passes as the longest of some runs needs: from its cache, or computed and thrown away."""
     longest = max(group, key=lambda reader: reader.passes)
     data, digest = longest.run.data, content_digest(index)["index"]
-    kept = cached_epochs(data.sequence_length, longest.passes, data.seed, digest, Path(longest.member.directory or "") / CACHE)
+    cache = Path(longest.member.directory or "") / CACHE
+    kept = cached_epochs(data.sequence_length, longest.passes, data.seed, digest, cache)
     return kept or shuffled(index, data.sequence_length, longest.passes, data.seed)
 
 
