@@ -69,7 +69,10 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 def standing(run_dir: Path) -> str:
     """What a run still has when something fails, for messages: its newest sealed checkpoint, or nothing."""
-    sealed = sealed_checkpoints(run_dir)
+    try:
+        sealed = sealed_checkpoints(run_dir)
+    except OSError:  # no file is left to open, not even a directory
+        return "what was sealed before is untouched"
     return f"{CHECKPOINTS}/{sealed[-1].name} is untouched" if sealed else "nothing had been saved before"
 
 
