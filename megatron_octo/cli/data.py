@@ -9,6 +9,7 @@ import typer
 
 from megatron_octo.cli import clean, mix
 from megatron_octo.cli.shared import AsJson, print_facts, print_json
+from megatron_octo.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Corpora to indexed datasets.")
 app.command("dedup")(clean.dedup)
@@ -115,6 +116,10 @@ def verify(directory: Path) -> None:
 def report(
     directory: Path,
     out: Annotated[Path | None, typer.Option(help="file to write; report.html in the directory by default")] = None,
+    mixture: Annotated[
+        Path | None, typer.Option(help="run file or mixture: show what it reads of each source, as octo data forecast")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="of that run, e.g. 20B; by default the run file's")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page of a data directory: sizes, lengths, what was left out and why, recall, samples, inputs.
@@ -122,10 +127,14 @@ def report(
     The page needs no network. --json prints the facts it shows.
 
     Example: octo data report data --out report.html
+
+    Example: octo data report data --mixture recipes/mixtures/long.yaml --tokens 20B
     """
     from megatron_octo.data.report.report import write_report
 
-    path, facts = write_report(directory, out)
+    if tokens is not None and mixture is None:
+        raise ConfigError("--tokens without --mixture", "they are those of a run", "name its file: --mixture FILE")
+    path, facts = write_report(directory, out, None if mixture is None else mix.foresee(mixture, tokens))
     print_json(facts) if as_json else typer.echo(f"report: {path}")
 
 

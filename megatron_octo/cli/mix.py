@@ -24,13 +24,7 @@ def forecast(
 
     Example: octo data forecast recipes/mixtures/long.yaml --tokens 20B
     """
-    from megatron_octo.train.forecast import forecast_file
-
-    try:
-        wanted = None if tokens is None else parse_tokens(tokens)
-    except ValueError as error:
-        raise ConfigError(f"--tokens: {error}", fix="give the tokens of the run") from None
-    found = forecast_file(file, wanted, overrides)
+    found = foresee(file, tokens, overrides)
     if as_json:
         print_json(found)
         return
@@ -42,6 +36,21 @@ def forecast(
         typer.echo(columns.format(*_forecast_columns(row)).rstrip())
     for note in found["notes"]:
         typer.echo(f"note: {note}")
+
+
+def foresee(file: Path, tokens: str | None, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a run or a mixture reads, its tokens as people write them; see `forecast_file`.
+
+    Raises:
+        ConfigError: the tokens are no number, or the file is wrong.
+    """
+    from megatron_octo.train.forecast import forecast_file
+
+    try:
+        wanted = None if tokens is None else parse_tokens(tokens)
+    except ValueError as error:
+        raise ConfigError(f"--tokens: {error}", fix="give the tokens of the run") from None
+    return forecast_file(file, wanted, overrides)
 
 
 def _forecast_columns(row: dict[str, Any]) -> list[str]:

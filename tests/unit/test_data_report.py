@@ -141,12 +141,12 @@ def test_what_was_not_asked_is_said_and_not_drawn_as_zero(tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "report.html").exists()
     for said in (
         "asks for neither deduplication nor decontamination", "asks for no decontamination", "not measured",
-        "not looked for", "A build file states no mixture",
+        "not looked for", "No mixture is stated",
     ):  # fmt: skip
         assert said in page
     accounts = page.split('id="accounts"')[1].split("<section")[0]
     assert "<td>0</td>" in accounts, "nothing was skipped, and that is known"
-    assert accounts.count("not looked for") == 2 * 4 and "<svg" not in accounts
+    assert accounts.count("not sought") == 2 * 3 and "<svg" not in accounts
 
 
 def test_accounts_that_do_not_add_up_are_shown(written: tuple[dict[str, Any], str]) -> None:
@@ -189,11 +189,24 @@ def test_directory_that_is_not_a_whole_build(built: Path, tmp_path: Path) -> Non
         build_facts(tmp_path)
 
 
-def test_command(built: Path, written: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+def test_command_with_a_mixture(built: Path, written: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    mixture = {"web": {"path": str(built / "web"), "weight": 0.75}, "qa": {"path": str(built / "qa"), "weight": 0.25}}
+    (tmp_path / "mix.yaml").write_text(json.dumps({"data": {"sequence_length": 8, "mixture": mixture}}))
     page = tmp_path / "page.html"
-    result = CliRunner().invoke(app, ["data", "report", str(built), "--out", str(page), "--json"])
-    assert result.exit_code == 0 and json.loads(result.stdout) == json.loads(json.dumps(written[0]))
-    assert page.read_text(encoding="utf-8") == written[1], "the same directory, the same bytes"
+    options = ["--out", str(page), "--mixture", str(tmp_path / "mix.yaml"), "--tokens", "8K", "--json"]
+    result = CliRunner().invoke(app, ["data", "report", str(built), *options])
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    read = {row["source"]: row for row in facts.pop("mixture")["sources"]}
+    assert {**facts, "mixture": None} == json.loads(json.dumps(written[0]))
+    size = facts["sources"]["web"]["tokens"]
+    assert read["web"]["passes"] == pytest.approx(750 / ((size - 1) // 8), rel=0.01)
+    sources, rest = page.read_text(encoding="utf-8").split('id="lengths"')
+    assert "What mix.yaml reads: 8K tokens" in sources and f"{read['web']['passes']:.3g}</td>" in sources
+    assert "75.0%" in sources and "Not in this mixture: short_cot." in sources
+    assert rest == written[1].split('id="lengths"')[1], "the same directory, the same bytes"
+    alone = CliRunner().invoke(app, ["data", "report", str(built), "--tokens", "8K"])
+    assert alone.exit_code != 0 and "--tokens without --mixture" in str(alone.exception)
 
 
 def test_histogram_counts_every_document() -> None:

@@ -42,8 +42,12 @@ def licences_section(facts: dict[str, Any], colours: dict[str, str]) -> str:
                 licence,
                 access if source["published"] else _unknown("files of your own: not known"),
             ]
-        rows.append([key(colours[name], name), *(f'<span class="text">{cell}</span>' for cell in cells)])
-    return table(["source", "from", "licence", "who may read it there"], rows)
+        rows.append([key(colours[name], name), *cells])
+    return _words(["source", "from", "licence", "who may read it there"], rows)
+
+
+def _words(headings: list[str], rows: list[list[str]]) -> str:
+    return f'<div class="words">{table(headings, rows)}</div>'
 
 
 def _unknown(text: str) -> str:
@@ -67,20 +71,20 @@ def origins_section(show: Facts) -> str:
     ]
     count = sum(len(files) for files in facts["inputs"].values())
     settings = yaml.safe_dump(facts["settings"], sort_keys=False, allow_unicode=True)
-    read = table(["field", "file", "size", "sha256"], inputs) if inputs else absent("No input file: all is generated.")
+    read = _words(["field", "file", "size", "sha256"], inputs) if inputs else absent("No input file: all is generated.")
     return (
         f'<dl class="facts">{listing}</dl>'
         '<p class="small">Sizes, documents and tokens of every pair agree with the manifest; '
         "<code>octo data verify</code> compares every byte.</p>"
         f"<details{' open' if 0 < count <= 12 else ''}><summary>{count:,} input files</summary>{read}</details>"
-        f"<details><summary>{len(written)} files written</summary>{table(['file', 'sha256'], written)}</details>"
+        f"<details><summary>{len(written)} files written</summary>{_words(['file', 'sha256'], written)}</details>"
         f"<details><summary>settings of the build</summary><pre>{shown(settings)}</pre></details>"
     )
 
 
 def _files(where: str, files: dict[str, Any]) -> list[list[str]]:
     rows = [
-        [shown(where), f'<span class="text">{shown(name)}</span>', format_bytes(one["bytes"]),
+        [shown(where), shown(name), format_bytes(one["bytes"]),
          f"<code>{shown(one['sha256'])}</code>"]
         for name, one in list(files.items())[:_LISTED]
     ]  # fmt: skip

@@ -17,6 +17,10 @@ from megatron_octo.page.palette import GOLD, NEUTRAL, VERMILION
 _WORD = re.compile(r"\w+")
 _RUN = 3  # words in a row that are marked as common
 _TITLES = {EXACT: "Exact duplicates", NEAR: "Near duplicates", LEAK: "Leaks of benchmark questions"}
+_EXCERPTS = (
+    "Underlined: words that both have in a row. Of duplicates the beginning is shown; near ones may differ later."
+)
+_SHORT = {EXACT: "exact", NEAR: "near", LEAK: "leaks", HELDOUT: "held out"}
 _KINDS = {
     "verbatim": "word for word",
     "rewrapped": "lines broken elsewhere",
@@ -34,7 +38,8 @@ _KINDS = {
 
 def accounts_section(show: Facts, colours: dict[str, str]) -> str:
     """Read = documents + beyond the budget + skipped + removed, for every source, and whether it adds up."""
-    facts, reasons = show.values, (EXACT, NEAR, LEAK, HELDOUT)
+    facts = show.values
+    reasons = [EXACT, NEAR, LEAK, *([HELDOUT] if (facts["settings"].get("problems") or {}).get("heldout") else [])]
     rows = []
     for name, colour in colours.items():
         path, account = f"sources/{name}/accounts", facts["sources"][name]["accounts"]
@@ -44,9 +49,9 @@ def accounts_section(show: Facts, colours: dict[str, str]) -> str:
         cells = [show(f"{path}/{field}", "count") for field in ("read", "documents", "beyond_budget")]
         cells.append(f"{sum(account['skipped'].values()):,}")
         cells += [_removed(facts, name, reason) for reason in reasons]
-        rows.append([key(colour, name), *cells, badge(account["adds_up"], "adds up", "DOES NOT ADD UP", "unknown")])
-    headings = ["= documents", "+ beyond the token budget", "+ skipped", *(f"+ {r.replace('_', ' ')}" for r in reasons)]
-    return table(["source", "records read", *headings, ""], rows) + _skipped(facts)
+        rows.append([key(colour, name), badge(account["adds_up"], "adds up", "DOES NOT ADD UP", "unknown"), *cells])
+    headings = ["= documents", "+ beyond budget", "+ skipped", *(f"+ {_SHORT[reason]}" for reason in reasons)]
+    return table(["source", "", "records read", *headings], rows) + _skipped(facts)
 
 
 def _removed(facts: dict[str, Any], name: str, reason: str) -> str:
@@ -62,22 +67,21 @@ def _removed(facts: dict[str, Any], name: str, reason: str) -> str:
         HELDOUT: bool((facts["settings"].get("problems") or {}).get("heldout") and adapter and adapter.question),
     }
     looked = asked[reason] and not source["generated"]
-    return f"{count:,}" if count or looked else '<span class="none">not looked for</span>'
+    return f"{count:,}" if count or looked else '<span class="none">not sought</span>'
 
 
 def _skipped(facts: dict[str, Any]) -> str:
     rows, first = [], []
     for name, source in facts["sources"].items():
         account = source["accounts"] or {"skipped": {}, "first": []}
-        rows += [
-            [escape(name), f'<span class="text">{shown(r)}</span>', f"{n:,}"] for r, n in account["skipped"].items()
-        ]
+        rows += [[escape(name), shown(r), f"{n:,}"] for r, n in account["skipped"].items()]
         first += [f"{name}/{line}" for line in account["first"]]
     if not rows:
         return '<p class="small">No record was skipped.</p>'
     listing = "".join(f"<li><code>{shown(line)}</code></li>" for line in first)
     named = f"<details><summary>the first {len(first)} damaged records</summary><ul>{listing}</ul></details>"
-    return f"<h3>Skipped, by reason</h3>{table(['source', 'reason', 'records'], rows)}{named if first else ''}"
+    counted = table(["source", "reason", "records"], rows)
+    return f'<h3>Skipped, by reason</h3><div class="words">{counted}</div>{named if first else ""}'
 
 
 def removed_section(show: Facts, colours: dict[str, str]) -> str:
@@ -86,6 +90,8 @@ def removed_section(show: Facts, colours: dict[str, str]) -> str:
     if not cleaning["corpora"]:
         return absent("The build file asks for neither deduplication nor decontamination: nothing was looked for.")
     parts = [_not_looked_for(show.values), _leaks_by_benchmark(cleaning, colours)]
+    if cleaning["examples"]:
+        parts.append(f'<p class="small">{_EXCERPTS}</p>')
     for reason, title in _TITLES.items():
         if reason in cleaning["examples"]:
             parts.append(f"<h3>{title}</h3>{''.join(map(_beside, cleaning['examples'][reason]))}")
@@ -182,8 +188,7 @@ def recall_section(show: Facts, picture: str) -> str:
     )
     missing = absent(f"Not compared, for their files are absent: {listed(gone)}.") if gone else ""
     counted = table(["planted", *benchmarks, "found"], rows)
-    both = f'<div class="pair">{picture}<figure>{counted}</figure></div>'
-    return f'<p class="small">{precision}</p>{missing}{both}{_wrong(recall)}'
+    return f'<p class="small">{precision}</p>{missing}<div class="pair">{picture}</div>{counted}{_wrong(recall)}'
 
 
 def _kind(

@@ -45,7 +45,7 @@ def sources_figure(facts: dict[str, Any], wide: bool) -> Figure:
         most = max(source[what] for source in sources.values())
         for row, (name, source) in enumerate(sources.items()):
             axes.barh(row, source[what], 0.68, color=colours[name])
-            said = f"{format_tokens(source[what])}   {source[f'share_of_{what}']:.1%}"
+            said = f"{format_tokens(source[what])} · {source[f'share_of_{what}']:.1%}"
             axes.annotate(said, (source[what], row), (5, 0), textcoords="offset points", va="center")
         _rows(axes, list(sources))
         axes.set_xlim(0, 1.3 * most)

@@ -11,8 +11,9 @@ from megatron_octo.data.report import figures
 from megatron_octo.data.report.appendix import licences_section, origins_section, samples_section
 from megatron_octo.data.report.cleaning import accounts_section, recall_section, removed_section
 from megatron_octo.page.drawing import to_svg
-from megatron_octo.page.markup import Facts, absent, coloured, key, shown, table
+from megatron_octo.page.markup import Facts, absent, coloured, key, listed, shown, table
 from megatron_octo.page.palette import BLUE, GREEN, NEUTRAL, VERMILION, style_sheet
+from megatron_octo.units import format_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,14 +114,38 @@ def _sources(show: Facts, colours: dict[str, str]) -> str:
         for name, colour in colours.items()
     ]
     said = (
-        '<p class="small">Shares are of what was built. A build file states no mixture: how much a run reads of each '
-        "source, and in how many passes, <code>octo data forecast</code> says of the run's file. Unigram entropy: the "
-        "loss of a reader who knows only how often each token occurs.</p>"
+        '<p class="small">Shares are of what was built. Unigram entropy: the loss of a reader who knows only how often '
+        "each token occurs.</p>"
     )
     label = "Tokens and documents of every source"
-    return (
-        _both(show.values, figures.sources_figure, "sources-by-size", label) + table(["source", *columns], rows) + said
-    )
+    drawn = _both(show.values, figures.sources_figure, "sources-by-size", label)
+    return drawn + table(["source", *columns], rows) + said + _mixture(show.values, colours)
+
+
+def _mixture(facts: dict[str, Any], colours: dict[str, str]) -> str:
+    """What a run reads of each source, and how many passes that is."""
+    mixture = facts["mixture"]
+    if mixture is None:
+        said = "No mixture is stated, so there are no weights and no passes to show: add --mixture FILE for a run's."
+        return absent(said)
+    most = max((row["passes"] or 0 for row in mixture["sources"]), default=0) or 1
+    rows = [_read(row, colours, 60 * (row["passes"] or 0) / most) for row in mixture["sources"]]
+    unread = [name for name in facts["sources"] if name not in {row["source"] for row in mixture["sources"]}]
+    notes = [f"Not in this mixture: {listed(unread)}."] if unread else []
+    items = "".join(f"<li>{shown(note)}</li>" for note in [*notes, *mixture["notes"]])
+    title = f"What {shown(Path(mixture['file']).name)} reads: {format_tokens(mixture['tokens'])} tokens"
+    counted = table(["source", "weight", "tokens read", "of", "known from", "passes"], rows)
+    return f"<h3>{title}</h3>{counted}{f'<ul class=small>{items}</ul>' if items else ''}"
+
+
+def _read(row: dict[str, Any], colours: dict[str, str], width: float) -> list[str]:
+    name, unknown = row["source"], '<span class="none">unknown</span>'
+    colour = colours.get(name, NEUTRAL)
+    here = "" if name in colours else ' <small class="none">not in this directory</small>'
+    bar = f'<i class="pass" {coloured(colour)[:-1]};width:{width:.0f}px"></i>'
+    passes = unknown if row["passes"] is None else f"{bar}{row['passes']:.3g}"
+    size = unknown if row["size"] is None else format_tokens(row["size"])
+    return [key(colour, name) + here, f"{row['share']:.1%}", format_tokens(row["tokens"]), size, row["known"], passes]
 
 
 def _lengths(show: Facts, colours: dict[str, str]) -> str:

@@ -11,12 +11,16 @@ from megatron_octo.files import write_text
 PAGE = "report.html"
 
 
-def write_report(directory: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
+def write_report(
+    directory: Path, out: Path | None = None, mixture: dict[str, Any] | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Write the page of a data directory, completely or not at all.
 
     Args:
         directory: finished by `octo data build`.
         out: file to write; by default `report.html` in the directory.
+        mixture: what a run reads of each source, as `octo data forecast --json` prints it; None: the page says that
+            no mixture is stated.
 
     Returns:
         The file, and the facts that the page shows.
@@ -26,7 +30,7 @@ def write_report(directory: Path, out: Path | None = None) -> tuple[Path, dict[s
     """
     from megatron_octo.data.report.page import render_page
 
-    facts = build_facts(directory)
+    facts = {**build_facts(directory), "mixture": mixture}
     path = out or directory / PAGE
     write_text(path, render_page(facts))
     return path, facts
