@@ -14,7 +14,6 @@ _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u200e\u20
 
 FORMATS = {
     "percent": lambda value: f"{value:.1%}",
-    "share": lambda value: f"{value:.2%}",
     "points": lambda value: f"{100 * value:+.1f} points",
     "tokens": lambda value: format_tokens(round(value)),
     "duration": format_duration,
