@@ -58,7 +58,9 @@ def build(
     """
     from megatron_octo.config.data import DataBuildConfig
     from megatron_octo.config.load import load_config
+    from megatron_octo.config.recipes import find_recipe
 
+    file = find_recipe(file, "builds")
     config = load_config(DataBuildConfig, file)
     if executor == "slurm":
         from megatron_octo.data.engine.jobs import render_build

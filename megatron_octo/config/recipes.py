@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_octo.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-"""`models/`, `mixtures/`, `runs/`, `campaigns/`, `curation/` and `prompts/`."""
+"""`models/`, `mixtures/`, `runs/`, `campaigns/`, `builds/`, `curation/` and `prompts/`."""
 
 
 def packaged(path: Path) -> Path | None:

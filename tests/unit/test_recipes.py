@@ -11,9 +11,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_octo.config.load import read_yaml
+from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.load import load_config, read_yaml
 from megatron_octo.config.recipes import RECIPES
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.clean.questions import KNOWN
+from megatron_octo.data.corpora.registry import find_adapter
 from megatron_octo.train.api import load_run
 from megatron_octo.train.dry_run import dry_run
 from megatron_octo.train.forecast import forecast_file
@@ -100,21 +103,23 @@ def test_values_of_the_recipe(size: str, stage: str) -> None:
     assert run.model == stable.model and run.parallel.processes == stable.parallel.processes
 
 
+# The paper gives 0.10 to instructions as a whole; it is shared in proportion to 0.01B, 0.29B and 0.51B tokens.
+INSTRUCTION = {"tulu_3_personas_if": 0.0012, "wildchat": 0.0358, "ultrachat_200k": 0.0630}
 PAPER = {
     "stable": {
         "megamath_web_pro_max": 0.725, "dclm_baseline": 0.10, "megamath_text_code": 0.10, "megamath_qa": 0.05,
         "megamath_code": 0.0125, "megamath_translated_code": 0.0125,
     },
     "long": {
-        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, "instruction": 0.10, "openr1_math_220k": 0.15,
+        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, **INSTRUCTION, "openr1_math_220k": 0.15,
         "am_deepseek_distilled_40m": 0.15,
     },
     "short": {
-        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, "instruction": 0.10, "megamath_qa": 0.025,
+        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, **INSTRUCTION, "megamath_qa": 0.025,
         "openmathinstruct_2": 0.175, "numinamath_1_5": 0.10,
     },
     "hybrid": {
-        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, "instruction": 0.10, "openr1_math_220k": 0.10,
+        "megamath_web_pro": 0.55, "dclm_baseline": 0.05, **INSTRUCTION, "openr1_math_220k": 0.10,
         "openmathinstruct_2": 0.10, "numinamath_1_5": 0.10,
     },
 }  # fmt: skip
@@ -186,3 +191,20 @@ def test_every_key_is_explained(path: Path) -> None:
     assert all(" # " in line for line in named)
     assert "#" not in str(yaml.safe_load(path.read_text())), "a comment that YAML reads as part of a value"
     assert max(map(len, lines)) <= 120
+
+
+def test_one_build_makes_every_source_of_the_mixtures_in_the_form_they_want() -> None:
+    build = load_config(DataBuildConfig, RECIPES / "builds" / "octothinker.yaml")
+    for stage in STAGES:
+        for name, source in run_of("llama32_3b", stage).data.mixture.items():
+            if name == "megamath_code":  # its texts are at Software Heritage; the stable mixture says what replaces it
+                assert run_of("llama32_3b", stage).data.replace == {"megamath_code": "megamath_translated_code"}
+                continue
+            assert source.corpora == [build.corpora[name].adapter], name
+            asked = source.weight * run_of("llama32_3b", stage).schedule.tokens
+            budget = build.corpora[name].tokens
+            assert budget == "all" or budget >= asked
+    for corpus in build.corpora.values():
+        assert not find_adapter(corpus.adapter, "adapter").refused
+    assert build.decontaminate is not None
+    assert set(build.decontaminate.against) == set(KNOWN) - {"gpqa"}
