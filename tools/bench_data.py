@@ -173,8 +173,10 @@ def octo(file: Path, tokenizer: Path, out: Path, workers: int = 1, copies: int =
     """`octo data build` of one file, or of as many copies of it as corpora."""
     import yaml
 
-    config = {"tokenizer": {"path": str(tokenizer)}, "corpora": {f"c{n}": {"path": str(file)} for n in range(copies)}}
     out.mkdir(parents=True)
+    files = [file, *(Path(shutil.copy(file, out / f"c{number}.jsonl")) for number in range(1, copies))]
+    corpora = {f"c{number}": {"path": str(path)} for number, path in enumerate(files)}
+    config = {"tokenizer": {"path": str(tokenizer)}, "corpora": corpora}
     (out / "mix.yaml").write_text(yaml.safe_dump(config))
     octo = [sys.executable, "-c", "from megatron_octo.cli.root import main; main()", "data", "build"]
     command = [*octo, str(out / "mix.yaml"), "--out", str(out / "data"), "--workers", str(workers)]
