@@ -141,13 +141,10 @@ class Corpus:
 
 
 def make_tokenizer(directory: Path, megabytes: int, vocabulary: int) -> None:
-    """Train byte-level BPE with the cut of Llama 3, unless it is there."""
+    """Train byte-level BPE with the cut of Llama 3."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if (directory / "tokenizer_config.json").exists():
-        return
     directory.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     Corpus(1).write(directory / "training.jsonl", megabytes)
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
@@ -163,7 +160,6 @@ def make_tokenizer(directory: Path, megabytes: int, vocabulary: int) -> None:
     (directory / "training.jsonl").unlink()
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": marks[1]}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    print(f"tokenizer of {tokenizer.get_vocab_size()} entries trained in {time.monotonic() - began:.0f} s", flush=True)
 
 
 # -- the programs that are compared, each from a JSONL file to PREFIX.bin and PREFIX.idx
@@ -173,8 +169,10 @@ def octo(file: Path, tokenizer: Path, out: Path, workers: int = 1, copies: int =
     """`octo data build` of one file, or of as many copies of it as corpora."""
     import yaml
 
-    config = {"tokenizer": {"path": str(tokenizer)}, "corpora": {f"c{n}": {"path": str(file)} for n in range(copies)}}
     out.mkdir(parents=True)
+    files = [file, *(Path(shutil.copy(file, out / f"c{number}.jsonl")) for number in range(1, copies))]
+    corpora = {f"c{number}": {"path": str(path)} for number, path in enumerate(files)}
+    config = {"tokenizer": {"path": str(tokenizer)}, "corpora": corpora}
     (out / "mix.yaml").write_text(yaml.safe_dump(config))
     octo = [sys.executable, "-c", "from megatron_octo.cli.root import main; main()", "data", "build"]
     command = [*octo, str(out / "mix.yaml"), "--out", str(out / "data"), "--workers", str(workers)]
@@ -382,6 +380,9 @@ def machine() -> str:
 def main() -> None:
     """Parse, measure, print."""
     args = _parse()
+    if args.tokenizer:
+        make_tokenizer(Path(args.tokenizer[0]), *map(int, args.tokenizer[1:]))
+        return
     if args.datatrove:
         run_datatrove(*map(Path, args.datatrove))
         return
@@ -389,7 +390,10 @@ def main() -> None:
     print(machine(), flush=True)
     figures: dict[str, Any] = dict.fromkeys(FIGURES)
     tokenizer = args.scratch / f"bench_data_tokenizer_{sizes['vocabulary']}"
-    make_tokenizer(tokenizer, sizes["training"], sizes["vocabulary"])
+    if not (tokenizer / "tokenizer_config.json").exists():  # not here: a child's peak memory counts its parent's
+        numbers = [str(sizes[name]) for name in ("training", "vocabulary")]
+        cost = timed([sys.executable, __file__, "--tokenizer", str(tokenizer), *numbers], {})
+        print(f"tokenizer of {sizes['vocabulary']} entries trained in {cost.cpu:.0f} CPU s", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench_data_", dir=args.scratch) as scratch:
         folder = Path(scratch)
         Corpus(2).write(folder / "corpus.jsonl", sizes["megabytes"])
@@ -425,6 +429,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files")
     parser.add_argument("--quick", action="store_true", help="a tiny corpus, one round")
     parser.add_argument("--datatrove", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.rounds = 1

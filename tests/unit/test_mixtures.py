@@ -345,6 +345,12 @@ def test_who_names_the_steps_of_the_whole_family(family, sources, tmp_path, aske
     assert found == who(family[asked].out, number=document, source=source)
 
 
+def test_a_branch_of_a_branch_knows_all_mixtures_before_it(family) -> None:
+    assert [blend.first for blend in plan_start(family["on"]).blends] == [0, 24, 40]
+    assert plan_start(family["further"]).blends == plan_start(family["on"]).blends, "it goes on within its parent's"
+    assert [blend.first for blend in plan_start(family["fresh"]).blends] == [0]
+
+
 def test_who_knows_steps_that_were_passed_over_and_sources_without_a_table(family, sources) -> None:
     out = family["stable"].out
     with pytest.raises(DataError, match="no source holds a document 'code/part-0.jsonl:1'; the tables of math, web"):
