@@ -15,6 +15,7 @@ from megatron_octo.data.corpora.problems import problems
 from megatron_octo.data.corpora.read import ShardReader
 from megatron_octo.data.corpora.render import BadRecord, gold_number, gsm8k
 from megatron_octo.data.corpora.shard import list_shards
+from megatron_octo.data.engine.build import _build_problems
 from megatron_octo.errors import ConfigError, DataError
 
 GSM8K = [
@@ -150,7 +151,7 @@ def test_equal_ids_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"id": "a", "question": "1?", "answer": "1"}\n{"id": "a", "question": "2?", "answer": "2"}\n')
     config = _config(world={"tokens": {"web": 9}}, problems={"train": {"file": {"path": str(path)}}})
-    with pytest.raises(DataError, match="line 2: id 'a' was there before"):
+    with pytest.raises(DataError, match="line 2: its id was there before: 'a'"):
         problems(config, "train")
 
 
@@ -163,6 +164,25 @@ def test_heldout_question_is_left_out_of_a_corpus(tmp_path: Path) -> None:
     reader = ShardReader(config, *list_shards(config, "c"))
     assert [document.text.splitlines()[0] for document in reader] == ["Question: What is 2+3?"]
     assert reader.accounts.removed == {"heldout": 1} and reader.accounts.read == 2
+
+
+def test_a_skipped_heldout_problem_is_counted_and_its_question_still_held_out(tmp_path: Path) -> None:
+    corpus, held = tmp_path / "c.jsonl", tmp_path / "held.jsonl"
+    corpus.write_text('{"question": "What is  1/4+1/4 ?", "answer": "a half"}\n{"question": "2+3?", "answer": "5"}\n')
+    held.write_text(
+        '{"question": "What is 1/4+1/4?", "answer": "\\\\frac{1}{2}"}\n{"question": "7+7?", "answer": "14"}\nnot JSON\n'
+    )
+    config = _config(
+        corpora={"c": {"path": str(corpus), "adapter": "qa"}},
+        problems={"heldout": {"file": {"path": str(held), "split": "test"}}},
+        on_bad_line="skip",
+    )
+    reader = ShardReader(config, *list_shards(config, "c"))
+    assert [document.text for document in reader] == ["Question: 2+3?\nAnswer: 5"]
+    assert reader.accounts.removed == {"heldout": 1}
+    facts = _build_problems(config, tmp_path / "out")["heldout"]
+    assert facts["count"] == 1 and sum(facts["skipped"].values()) == 2
+    assert facts["skipped"]["its answer is not a number"] == 1 and facts["first_skipped"][0].startswith("1: its answer")
 
 
 def test_real_gsm8k() -> None:

@@ -14,6 +14,8 @@ from megatron_octo.data.corpora.render import BadRecord, gold_number, same_quest
 from megatron_octo.data.world import World, WorldConfig
 from megatron_octo.errors import ConfigError, DataError
 
+_NAMED = 20
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,6 +24,23 @@ class Problem:
     id: str
     question: str
     answer: str
+
+
+@dataclass(frozen=True)
+class ProblemFile:
+    """What the lines of a file of problems became.
+
+    Args:
+        problems: the sound ones, in order.
+        skipped: how many lines are no problem, by reason.
+        first: the first of these, `line: reason`; at most 20.
+        unanswered: their questions, as far as they ask one: without a right answer it is still a question.
+    """
+
+    problems: list[Problem]
+    skipped: dict[str, int]
+    first: list[str]
+    unanswered: list[str]
 
 
 def build_world(config: Inputs) -> World:
@@ -60,25 +79,46 @@ def problems(config: Inputs, split: str) -> list[Problem]:
         assert wanted.count != "all"
         drawn = build_world(config).problems("heldout" if split == "heldout" else "train", wanted.count)
         return [Problem(problem.id, problem.question, problem.answer) for problem in drawn]
-    found = _read_problems(wanted.file, f"problems.{split}.file", config.on_bad_line == "skip")
-    return _sample(found, wanted, f"{config.seed}/problems/{split}", f"problems.{split}")
+    read = problem_file(config, split)
+    assert read is not None
+    return _sample(read.problems, wanted, f"{config.seed}/problems/{split}", f"problems.{split}")
 
 
-def _read_problems(file: InputFile, where: str, skip: bool) -> list[Problem]:
-    path, found = input_path(file, where), {}
+def problem_file(config: Inputs, split: str) -> ProblemFile | None:
+    """Read the file of one side; None where the world draws its problems, or there are none.
+
+    Raises:
+        DataError: the file is missing, or a line is no problem and the rule is strict.
+    """
+    wanted: ProblemSet | None = getattr(config.problems, split)
+    if wanted is None or wanted.file is None:
+        return None
+    file, found = wanted.file, ProblemFile([], {}, [], [])
+    path, ids = input_path(file, f"problems.{split}.file"), set()
     for line, raw in numbered_lines(str(path)):
+        record: dict[str, Any] = {}
         try:
             record = parse_line(raw)
             problem = _problem(record, file, f"{path.parent.name}-{line}")
-            if problem.id in found:
-                raise BadRecord(f"id {problem.id!r} was there before")
+            if problem.id in ids:
+                raise BadRecord("its id was there before", f": {problem.id!r}")
         except BadRecord as wrong:
-            if not skip:
+            if config.on_bad_line != "skip":
                 rule = "every line must be a problem with question and answer"
                 raise DataError(f"{path}, line {line}: {wrong}", rule, "mend it, or set on_bad_line: skip") from None
+            _skip(found, line, wrong, record.get(file.question_field))
             continue
-        found[problem.id] = problem
-    return list(found.values())
+        ids.add(problem.id)
+        found.problems.append(problem)
+    return found
+
+
+def _skip(found: ProblemFile, line: int, wrong: BadRecord, question: object) -> None:
+    found.skipped[wrong.kind] = found.skipped.get(wrong.kind, 0) + 1
+    if len(found.first) < _NAMED:
+        found.first.append(f"{line}: {wrong}")
+    if isinstance(question, str) and question.strip():
+        found.unanswered.append(question)
 
 
 def _problem(record: dict[str, Any], file: InputFile, name: str) -> Problem:
@@ -94,18 +134,19 @@ def _sample(found: list[Problem], wanted: ProblemSet, seed: str, where: str) -> 
     return [found[number] for number in sorted(chosen)]
 
 
-def heldout_questions(heldout: list[Problem]) -> frozenset[str]:
-    """Questions no training record may ask, in comparable form."""
-    return frozenset(same_question(problem.question) for problem in heldout)
+def heldout_questions(config: Inputs) -> frozenset[str]:
+    """Questions no training record may ask, in comparable form: of held-out problems, and of those skipped there."""
+    read = problem_file(config, "heldout")
+    asked = [problem.question for problem in problems(config, "heldout")] + (read.unanswered if read else [])
+    return frozenset(map(same_question, asked))
 
 
-def without_heldout(train: list[Problem], heldout: list[Problem]) -> list[Problem]:
-    """Problems to train on, less those that are held out.
+def without_heldout(train: list[Problem], forbidden: frozenset[str]) -> list[Problem]:
+    """Problems to train on, less those whose question is held out.
 
     Raises:
         DataError: none is left.
     """
-    forbidden = heldout_questions(heldout)
     kept = [problem for problem in train if same_question(problem.question) not in forbidden]
     if train and not kept:
         raise DataError("problems.train asks only held-out questions", "both sides name the same problems")

@@ -12,7 +12,7 @@ from datatrove.data import Document
 
 from megatron_octo.config.data import Inputs
 from megatron_octo.data.corpora.lines import numbered_lines, parse_line, text_of
-from megatron_octo.data.corpora.problems import build_world, heldout_questions, problems
+from megatron_octo.data.corpora.problems import build_world, heldout_questions
 from megatron_octo.data.corpora.registry import Adapter, Field, adapter_of
 from megatron_octo.data.corpora.render import BadRecord, Unsuitable, as_is, restyled, same_question
 from megatron_octo.data.corpora.rows import numbered_rows
@@ -136,7 +136,7 @@ class ShardReader:
         """Whether a record asks a question that nothing may be trained on; None where it cannot."""
         if adapter.question is None or self._config.problems.heldout is None:
             return None
-        heldout = heldout_questions(problems(self._config, "heldout"))
+        heldout = heldout_questions(self._config)
         question = _call(adapter, adapter.question, names)
         return lambda record: same_question(question(record)) in heldout
 

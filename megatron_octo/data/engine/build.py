@@ -15,7 +15,14 @@ from typing import IO, Any
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import differences
 from megatron_octo.data.clean.stages import clean_facts
-from megatron_octo.data.corpora.problems import Problem, build_world, problems, without_heldout
+from megatron_octo.data.corpora.problems import (
+    Problem,
+    build_world,
+    heldout_questions,
+    problem_file,
+    problems,
+    without_heldout,
+)
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
 from megatron_octo.data.engine.plan import JOIN, TOKENIZER, Plan
@@ -145,15 +152,17 @@ def _is_whole(out: Path) -> bool:
 
 
 def _build_problems(config: DataBuildConfig, result: Path) -> dict[str, dict[str, Any]]:
-    """Write the problems of both splits; returns their counts and hashes."""
-    heldout = problems(config, "heldout")
+    """Write the problems of both splits; returns their counts and hashes, and what was skipped of their files."""
     sets: dict[str, list[Problem]] = {
-        "train": without_heldout(problems(config, "train"), heldout),
-        "heldout": heldout,
+        "train": without_heldout(problems(config, "train"), heldout_questions(config)),
+        "heldout": problems(config, "heldout"),
     }
     facts = {}
     for split, found in sets.items():
         path = result / "problems" / f"{split}.jsonl"
         write_text(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found))
         facts[split] = {"count": len(found), "sha256": hash_file(path)}
+        read = problem_file(config, split)
+        if read is not None and read.skipped:
+            facts[split] |= {"skipped": read.skipped, "first_skipped": read.first}
     return facts
