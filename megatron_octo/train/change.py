@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_octo.checkpoint.store import FACTS
-from megatron_octo.config.blends import blends_of, read_so_far
+from megatron_octo.config.blends import Blend, blends_of, read_so_far
 from megatron_octo.config.load import differences, parse_config
 from megatron_octo.config.mixture import Source
 from megatron_octo.config.run import RunConfig
@@ -152,6 +154,33 @@ def check_data(run: RunConfig, before: dict[str, Any], now: dict[str, dict[str, 
             )
 
 
+def refuse_renamed(run: RunConfig, before: RunConfig, facts: dict[str, Any], past: Sequence[Blend]) -> None:
+    """Check that no dataset that was read comes again under a name that is new: its windows count by its name.
+
+    Args:
+        run: what reads on.
+        before: what has read, its data where it lies now.
+        facts: of the checkpoint; `data` tells what was read.
+        past: the blends that were read.
+
+    Raises:
+        ConfigError: a new name has the path of a dataset that was read, or what it names is a copy of it.
+    """
+    names = sorted({name for blend in past for name in blend.weights})
+    paths = {before.data.paths[name].resolve(): name for name in names if name in before.data.paths}
+    known = {name: facts.get("data", {}).get(name) for name in names}
+    digests = {json.dumps(one, sort_keys=True): name for name, one in known.items() if isinstance(one, dict)}
+    for name in sorted(run.data.paths.keys() - before.data.paths.keys() - set(names)):
+        path = run.data.paths[name]
+        old = paths.get(path.resolve()) or (digests.get(json.dumps(_digest(path), sort_keys=True)) if digests else None)
+        if old is not None:
+            raise ConfigError(
+                f"'{run.name}' reads on, and calls {name} ({path}) what '{before.name}' has read as {old}",
+                "windows of a dataset count by its name: under another one they would be read a second time",
+                f"call it {old} again; a branch may also begin anew: start.fork.data: fresh",
+            )
+
+
 def _check_phases(before: RunConfig, run: RunConfig, facts: dict[str, Any], place: Path) -> None:
     """Mixtures that begin where the run stands, or later, may change: no window of theirs was read."""
     begun = (facts.get("lineage") or {}).get("first_window", 0)
@@ -165,6 +194,7 @@ def _check_phases(before: RunConfig, run: RunConfig, facts: dict[str, Any], plac
             f"{facts['run_tokens']} tokens of it are read; a mixture may only change from there on",
             f"restore the phases that begin before, and give a new one at: {facts['run_tokens']} or later",
         )
+    refuse_renamed(run, before, facts, past)
 
 
 def _allowed(line: str) -> bool:

@@ -29,7 +29,7 @@ from megatron_octo.data.mix.replace import decide
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
-from megatron_octo.train.change import continued, stored_run, with_moved_data
+from megatron_octo.train.change import continued, refuse_renamed, stored_run, with_moved_data
 from megatron_octo.train.loggers import check_loggers
 
 METRICS = "metrics.jsonl"
@@ -277,8 +277,11 @@ def _fork(run: RunConfig) -> Start:
     parent = with_moved_data(stored_run(facts, checkpoint), run, facts)
     origin = Origin(str(fork.parent.resolve()), checkpoint.name, seal_digest(checkpoint), facts, parent)
     run = with_parents_rate(run, origin)
+    lineage = lineage_record(run, origin)
+    if fork.data == "continue":
+        refuse_renamed(run, parent, facts, [Blend(**blend) for blend in lineage["history"]])
     data = facts.get("data", {}) if fork.data == "continue" else {}
-    return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage_record(run, origin), data=data)
+    return Start(run, checkpoint, fork.moments, 0, facts["tokens"], lineage, data=data)
 
 
 def _tell_parent(run: RunConfig, lineage: dict[str, Any]) -> None:

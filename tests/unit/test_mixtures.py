@@ -70,13 +70,13 @@ def values(out: Path, sources: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def trained(run: RunConfig, *steps: int) -> RunConfig:
+def trained(run: RunConfig, *steps: int, **more: Any) -> RunConfig:
     """A run directory as training leaves it, after these steps."""
     with only_trainer(run.out):
         start = open_run(run)
     for step in steps:
         facts = {"step": step, "run_tokens": step * STEP, "tokens": start.root_tokens + step * STEP}
-        facts |= {"config": start.run.model_dump(mode="json"), "lineage": start.lineage}
+        facts |= {"config": start.run.model_dump(mode="json"), "lineage": start.lineage, **more}
         temporary = store.begin(run.out, step)
         store.write_facts(temporary, facts)
         store.publish(temporary, run.out, step)
@@ -219,6 +219,28 @@ def test_a_phase_that_has_begun_stays(sources: Path, tmp_path: Path) -> None:
     for other in (phases[1:], replaced):
         with pytest.raises(ConfigError, match="other mixtures"):
             plan_start(run_of(tmp_path / "run", sources, data={"phases": other}))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_dataset_that_was_read_does_not_come_again_under_another_name(
+    sources: Path, tmp_path: Path, copied: bool
+) -> None:
+    """Neither in a branch nor in a later phase: by its path, or as a copy of it."""
+    if copied:
+        for path in (idx_path(sources / "web"), bin_path(sources / "web")):
+            (tmp_path / path.name.replace("web", "copy")).write_bytes(path.read_bytes())
+    again = {"web2": {"path": str(tmp_path / "copy" if copied else sources / "web"), "weight": 1}}
+    parent = run_of(tmp_path / "stable", sources)
+    trained(parent, 5, data={name: content_digest(read_index(sources / name)) for name in ("web", "math")})
+    start = {"fork": {"parent": str(parent.out), "data": "continue"}}
+    with pytest.raises(ConfigError, match=r"calls web2 \(.*\) what 'stable' has read as web.*call it web again"):
+        plan_start(run_of(tmp_path / "on", sources, start=start, data={"mixture": again}))
+    fresh = {"fork": {"parent": str(parent.out)}}
+    plan_start(run_of(tmp_path / "fresh", sources, start=fresh, data={"mixture": again}))
+    plan_start(run_of(tmp_path / "new", sources, start=start, data={"mixture": mixture(sources, code=1)}))
+    if copied:
+        with pytest.raises(ConfigError, match="has read as web"):
+            plan_start(run_of(parent.out, sources, data={"phases": [{"at": 9 * STEP, "mixture": again}]}))
 
 
 # -- the forecast
