@@ -52,7 +52,7 @@ def test_goal_on_generated_questions(tmp_path: Path) -> None:
     """Recall 1 on verbatim, re-wrapped and embedded leaks, precision 0.99: the figures of this very table."""
     facts = measure(_config(made=write_benchmark(tmp_path / "made.jsonl", questions(150))), seed=0)
     assert set(facts["recall"]) == set(LEAKS)
-    for kind in ("verbatim", "rewrapped", "embedded", "markdown", "latex"):
+    for kind in ("verbatim", "rewrapped", "embedded", "markdown", "html", "latex"):
         assert facts["recall"][kind] == 1.0, facts["wrong"].get(kind)
     assert facts["precision"] >= 0.99
     assert 0.4 < facts["recall"]["numbers"] <= 1 and 0.5 < facts["recall"]["reordered"] <= 1

@@ -1,8 +1,8 @@
 r"""Planted leaks and near-misses, made from the questions of a benchmark: they measure what the decontamination finds.
 
 A leak gives the question away: its words stand there in another dress (`verbatim`, `rewrapped`, `embedded`, `markdown`,
-`latex`), its sentences in another order (`reordered`), or its words with other numbers (`numbers`: the wording, and
-with it the way to solve it, is what a benchmark of word problems tests, so such a text counts as a leak).
+`html`, `latex`), its sentences in another order (`reordered`), or its words with other numbers (`numbers`: the
+wording, and with it the way to solve it, is what a benchmark of word problems tests, so such a text counts as a leak).
 A near-miss does not: the same template with other numbers and other names and things is another problem of its kind
 (`template`); a text may be about the same things (`topic`), quote up to 12 words (`quote`), or use the phrases that all
 such problems share (`phrases`).
@@ -116,6 +116,20 @@ def _markdown(text: str, draw: random.Random) -> str:
     return f"## Problem {draw.randint(1, 99)}\n\n{text.replace('. ', '.<br/> ')}\n\n{draw.choice(_TAIL)}"
 
 
+_ENTITIES = {
+    "&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&rsquo;", '"': "&quot;", "\u00d7": "&times;", "\u2264": "&le;",
+    "\u2265": "&#8805;", "\u03c0": "&pi;", "\u00b0": "&deg;", "$": "&#x24;", "-": "&minus;", "\u00bd": "&frac12;",
+}  # fmt: skip
+
+
+def _html(text: str, draw: random.Random) -> str:
+    """A paragraph as pages have it: entities instead of characters, and blanks that do not break."""
+    text = "".join(_ENTITIES.get(character, character) for character in text)
+    words = text.split(" ")
+    glued = "".join(f"{'&nbsp;' if draw.random() < 0.5 else ' '}{word}" for word in words[1:])
+    return f"<p>{words[0]}{glued}</p>\n<p>{draw.choice(_TAIL)}</p>"
+
+
 _RESPELL: tuple[tuple[str, str], ...] = (
     (r"\\[dt]?frac(?![a-z])", r"\\dfrac"), (r"\\left(?![a-z])\s*", ""), (r"\\right(?![a-z])\s*", ""), (r"\\\[", "$$"),
     (r"\\\]", "$$"), (r"\\le(?:q)?(?![a-z])", "\u2264"), (r"\\ge(?:q)?(?![a-z])", "\u2265"),
@@ -196,8 +210,8 @@ def _phrases(text: str, draw: random.Random) -> str:
 
 Maker = Callable[[str, random.Random], str | None]
 LEAKS: dict[str, Maker] = {
-    "verbatim": _verbatim, "rewrapped": _rewrapped, "embedded": _embedded, "markdown": _markdown, "latex": _latex,
-    "numbers": _numbers, "reordered": _reordered,
+    "verbatim": _verbatim, "rewrapped": _rewrapped, "embedded": _embedded, "markdown": _markdown, "html": _html,
+    "latex": _latex, "numbers": _numbers, "reordered": _reordered,
 }  # fmt: skip
 NEAR_MISSES: dict[str, Maker] = {"template": _template, "topic": _topic, "phrases": _phrases}
 """Besides `quote`, which depends on the number of words that are compared."""

@@ -25,7 +25,7 @@ from megatron_octo.data.clean.tasks import (
 from megatron_octo.data.engine.stage import Stage
 from megatron_octo.files import hash_file
 
-FORMAT = 2
+FORMAT = 3
 """Part of what every stage is made from: raised when the same settings and inputs give another result."""
 
 RECALL, SIGNATURES, DUPLICATES, BUCKETS, CLUSTERS, REMOVALS = (

@@ -29,7 +29,7 @@ _SYMBOL = re.compile(f"[{''.join(_SYMBOLS)}]")
 _NO_WORD = re.compile(r"[^\x00-\x7f\w]+")
 
 _TAG = re.compile(r"</?(?:p|br|b|i|u|em|strong|sub|sup|span|div|li|ul|ol|tt|code|pre|h[1-6])\b[^<>\n]{0,200}>")
-_ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-f]{1,5}|[a-z]{2,8});")
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _THOUSANDS = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
 _HYPHEN = re.compile(r"-(?<=[a-z]{2}-)(?:[ \t]*\n[\s>/#*%|]*)?(?=[a-z]{2})")
 _QUOTED = re.compile(r"\n[ \t]*(?:>[ \t]?)+")
@@ -67,14 +67,14 @@ _KINDS[128:] = 1
 
 def plain(text: str) -> str:
     """A text in its plain spelling: what differs between two spellings of the same words becomes white space."""
+    if "&" in text:  # first: most of what entities stand for is then told apart as what it is, `&nbsp;` as a blank
+        text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
     if not text.isascii():
         text = _RAISED.sub(r" \g<0> ", _INVISIBLE.sub("", text))
         text = unicodedata.normalize("NFKC", text).lower()
         text = _NO_WORD.sub(" ", _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text))
     else:
         text = text.lower()
-    if "&" in text:
-        text = _ENTITY.sub(lambda found: html.unescape(found[0]).lower(), text)
     if "<" in text:
         text = _TAG.sub(" ", text)
     if ">" in text:

@@ -31,7 +31,7 @@ from megatron_octo.data.engine.tasks import (
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.files import hash_json
 
-FORMAT = 2
+FORMAT = 3
 TOKENIZER, JOIN = "tokenizer", "join"
 
 

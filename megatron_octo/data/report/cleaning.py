@@ -26,6 +26,7 @@ _KINDS = {
     "rewrapped": "lines broken elsewhere",
     "embedded": "in the middle of prose",
     "markdown": "dressed in Markdown",
+    "html": "as a web page writes it, with entities",
     "latex": "formulas spelled another way",
     "numbers": "the same words with other numbers",
     "reordered": "sentences in another order",
