@@ -81,6 +81,11 @@ def who(
     if as_json:
         print_json(found)
         return
+    for one in (found, *found["others"]):
+        _tell_readings(one)
+
+
+def _tell_readings(found: dict[str, Any]) -> None:
     name = found["document"] or f"document {found['index']}"
     typer.echo(f"{name}: {found['tokens']:,} tokens, document {found['index']} of {found['source']}")
     for one in found["runs"]:

@@ -57,18 +57,25 @@ def who(
     Returns:
         document (id or None), source, index, tokens, and `runs`: of each, name, directory, state, a `note` where
         nothing can be said, and `readings`: step (from 1), tokens (of the run, before that step), position (since the
-        root of the tree), epoch (from 0), window, and whether it is `read`, `planned` or `passed over`.
+        root of the tree), epoch (from 0), window, and whether it is `read`, `planned` or `passed over`. Where further
+        sources hold a document of that id, `others` has the same of each of them.
 
     Raises:
         CheckpointError: no run there, or its files cannot be read.
         DataError: no such source or document, or a pair is missing or damaged.
     """
-    readers = _family(run_dir)
-    asked = next((reader for reader in readers if reader.member.asked), None)
+    asked = next((reader for reader in _family(run_dir) if reader.member.asked), None)
     if asked is None:
         raise CheckpointError(f"{run_dir}: not a run directory", "a document is read by runs", "name one of them")
-    name, place = _document(asked.run, document, number, source)
-    prefix = asked.run.data.paths[name]
+    first, *others = [
+        _of_source(_family(run_dir), asked.run.data.paths[name], document, name, place)
+        for name, place in _documents(asked.run, document, number, source)
+    ]
+    return {**first, "others": others}
+
+
+def _of_source(readers: list[_Reader], prefix: Path, document: str | None, name: str, place: int) -> dict[str, Any]:
+    """What one source's document was read by."""
     index = read_index(prefix)
     if not 0 <= place < index.documents:
         raise DataError(f"document {place} of {name} ({prefix})", f"it has documents 0 to {index.documents - 1}")
@@ -111,14 +118,14 @@ def _family(run_dir: Path) -> list[_Reader]:
     return found
 
 
-def _document(run: RunConfig, document: str | None, number: int | None, source: str | None) -> tuple[str, int]:
+def _documents(run: RunConfig, document: str | None, number: int | None, source: str | None) -> list[tuple[str, int]]:
     paths = run.data.paths
     if source is not None and source not in paths:
         raise DataError(f"no source {source!r} in '{run.name}'", f"its sources are {', '.join(paths)}", "name one")
     if number is not None:
         if source is None and len(paths) > 1:
             raise DataError(f"document {number} of which source?", f"sources are {', '.join(paths)}", "add --source")
-        return source or next(iter(paths)), number
+        return [(source or next(iter(paths)), number)]
     assert document is not None
     return find_document(document, paths if source is None else {source: paths[source]})
 

@@ -388,6 +388,24 @@ def test_who_knows_steps_that_were_passed_over_and_sources_without_a_table(famil
     assert all(not one["readings"] for one in who(out, number=0, source="web")["runs"]), "it has no tokens"
 
 
+def test_who_looks_in_every_source_that_has_the_id(sources: Path, tmp_path: Path) -> None:
+    """Two data directories may hold files of the same names, one read in the stable phase, one in the decay."""
+    for name in ("web", "math"):
+        (tmp_path / name).mkdir()
+        for path in (bin_path, idx_path, docs_path):
+            path(tmp_path / name / "text").write_bytes(path(sources / "web").read_bytes())
+    both = {name: {"path": str(tmp_path / name / "text"), "weight": 0.5} for name in ("web", "math")}
+    run = trained(run_of(tmp_path / "run", sources, data={"mixture": both}), 5)
+    found = who(run.out, "web/part-0.jsonl:8")
+    other = found["others"][0]
+    assert [one["source"] for one in (found, *found["others"])] == ["math", "web"]
+    windows = [{reading["window"] for reading in one["runs"][0]["readings"]} for one in (found, other)]
+    assert all(windows) and not windows[0] & windows[1]
+    assert who(run.out, "web/part-0.jsonl:8", source="web") == {**other, "others": []}
+    shown = CliRunner().invoke(app, ["data", "who", "web/part-0.jsonl:8", "--run", str(run.out)]).output
+    assert "document 7 of math\n" in shown and "document 7 of web\n" in shown
+
+
 def test_who_reads_what_training_has_left_and_writes_nothing(family, tmp_path) -> None:
     run, before = family["stable"], who(family["stable"].out, "web/part-0.jsonl:8")
     build_train_dataset(run.data, run.steps * BATCH, run.out / "data-cache")

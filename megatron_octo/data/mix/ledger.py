@@ -66,8 +66,8 @@ def places_of_document(
     return places[numbers], numbers // each
 
 
-def find_document(name: str, sources: dict[str, Path]) -> tuple[str, int]:
-    """The source that holds a document, and its place there.
+def find_document(name: str, sources: dict[str, Path]) -> list[tuple[str, int]]:
+    """The sources that hold a document, and its place in each: files of one name may be in several data directories.
 
     Args:
         name: `<corpus>/<file>:<line>`.
@@ -83,9 +83,10 @@ def find_document(name: str, sources: dict[str, Path]) -> tuple[str, int]:
             "a document is known by its id where the table is that a build writes",
             "name it by its place: --index N --source NAME",
         )
-    for source, path in tables.items():
-        if (place := DocumentTable(path).find(name)) is not None:
-            return source, place
+    places = {source: DocumentTable(path).find(name) for source, path in tables.items()}
+    found = [(source, place) for source, place in places.items() if place is not None]
+    if found:
+        return found
     example = DocumentTable(next(iter(tables.values()))).id_of(0)
     raise DataError(
         f"no source holds a document {name!r}",
