@@ -319,6 +319,18 @@ def test_pieces_of_a_page_must_be_texts() -> None:
         render.joined(["a", 3])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("value", ["hello", 3, True, {"a": "b"}])
+def test_a_field_that_must_be_a_list_is_one(value: Any) -> None:
+    verdicts = ([True], None, [True], "4")
+    for make in (render.joined, lambda texts: render.first_verified("q", texts, *verdicts)):
+        with pytest.raises(BadRecord, match="list"):
+            make(value)
+    with pytest.raises(BadRecord, match="a turn has no role"):
+        render.conversation(value)
+    with pytest.raises(BadRecord, match="a generation is no text"):
+        render.first_verified("q", [None], *verdicts)  # type: ignore[list-item]
+
+
 # -- the registry
 
 

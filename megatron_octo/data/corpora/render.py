@@ -78,7 +78,14 @@ def gsm8k(question: str, answer: str) -> str:
 
 
 def joined(texts: Sequence[str | None]) -> str:
-    """The pieces of a page that are text, a line each; None stands where an image was."""
+    """The pieces of a page that are text, a line each; None stands where an image was.
+
+    Raises:
+        BadRecord: they are no list, or a piece is no text.
+        Unsuitable: there is nothing but images.
+    """
+    if not isinstance(texts, list):
+        raise BadRecord("the pieces of its text are no list")
     kept = [text for text in texts if text is not None]
     if any(not isinstance(text, str) for text in kept):
         raise BadRecord("a piece of its text is not text")
@@ -180,7 +187,7 @@ def first_verified(
         answer: the right one.
 
     Raises:
-        BadRecord: the lists are not of one length.
+        BadRecord: the lists are no lists or not of one length, or that generation is no text.
         Unsuitable: no generation is verified and complete.
     """
     lists = [generations, verified, complete, *([judged] if judged is not None else [])]
@@ -189,6 +196,8 @@ def first_verified(
     for number, generation in enumerate(generations):
         right = verified[number] is True or (judged is not None and judged[number] is True)
         if right and complete[number] is True:
+            if not isinstance(generation, str):
+                raise BadRecord("a generation is no text")
             return thoughts(question, generation, answer)
     raise Unsuitable("no generation that is verified and complete")
 
