@@ -150,6 +150,26 @@ def test_a_tokenizer_that_cannot_keep_marks_as_text_is_refused(tmp_path: Path, m
     assert not list(tmp_path.glob("*piece*"))
 
 
+@pytest.mark.parametrize("table", [True, False])
+def test_an_end_mark_that_is_added_and_not_special_cannot_come_from_a_text(tmp_path: Path, table: bool) -> None:
+    folder = _hugging_face(tmp_path / "files", table)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("</s>", special=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    encoder = open_encoder(folder, IndexConfig(eos_token="</s>"))
+    tokens = _tokens(encoder, "a </s> b")
+    assert tokens.count(encoder.end) == 1 and tokens[-1] == encoder.end
+    assert encoder.decode(tokens[:-1]).strip() == "a </s> b"
+
+
+def test_a_user_defined_end_mark_of_sentence_piece_cannot_be_kept_as_text(tmp_path: Path) -> None:
+    folder, rules = _sentence_piece(tmp_path / "files"), {"eos_token": "<tool>"}
+    with pytest.raises(DataError, match="'<tool>' written in a text becomes a control token"):
+        open_encoder(folder, IndexConfig(**rules))
+    meant = open_encoder(folder, IndexConfig(**rules, special_tokens="control"))
+    assert _tokens(meant, "a<tool>").count(meant.end) == 2
+
+
 def test_rules_that_contradict_each_other_are_refused() -> None:
     from megatron_octo.config.load import parse_config
 

@@ -36,8 +36,12 @@ class HuggingFaceEncoder(Encoder):
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         begin = self._mark(directory, "bos_token", None) if index.bos == "before_document" else None
         end = self._mark(directory, "eos_token", index.eos_token) if index.eos == "after_document" else None
+        control = {}
+        if index.special_tokens == "text":
+            own = {self._tokenizer.id_to_token(mark): mark for mark in (begin, end) if mark is not None}
+            _make_special(self._tokenizer, own)
+            control = _special_tokens(path, form_of(self._tokenizer)) | own
         form = form_of(self._tokenizer)
-        control = _special_tokens(path, form) if index.special_tokens == "text" else {}
         entries, rows = len(ids), max(ids.values()) + 1
         self._words = WordEncoder.of(self._tokenizer, form, token_dtype(entries, rows), index.special_tokens == "text")
         super().__init__(path, entries, rows, control, begin, end)
@@ -86,6 +90,15 @@ def form_of(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _plain(token: AddedToken) -> dict[str, Any]:
     return {name: getattr(token, name) for name in ("content", "special", "lstrip", "rstrip", "single_word")}
+
+
+def _make_special(tokenizer: Tokenizer, marks: dict[str, int]) -> None:
+    """Treat marks as special that a file merely adds: only special tokens are not cut out of a text."""
+    from tokenizers import AddedToken
+
+    added = tokenizer.get_added_tokens_decoder()
+    plain = [text for text, number in marks.items() if number in added and not added[number].special]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in plain])
 
 
 def _special_tokens(path: Path, form: dict[str, Any]) -> dict[str, int]:

@@ -39,8 +39,10 @@ class SentencePieceEncoder(Encoder):
         begin = self._mark(path, "bos", self._model.bos_id(), None) if index.bos == "before_document" else None
         end = self._mark(path, "eos", self._model.eos_id(), index.eos_token) if index.eos == "after_document" else None
         control = index.special_tokens == "control"
-        self._marks_in_texts = marks if control else {}
+        self._marks_in_texts = dict(marks) if control else {}
         self._border = re.compile(f"({'|'.join(map(re.escape, marks))})") if control and marks else None
+        # a mark of another kind may come from a text, and may not
+        marks |= {self._model.id_to_piece(mark): mark for mark in (begin, end) if mark is not None}
         super().__init__(path, rows, rows, {} if control else marks, begin, end)
 
     def decode(self, tokens: list[int]) -> str:
