@@ -70,7 +70,15 @@ def build(
         return
     from megatron_octo.data.engine.build import build_data
 
-    build_data(config, out, workers, executor)
+    for name, facts in build_data(config, out, workers, executor)["sources"].items():
+        typer.echo(_built(name, facts, out / name))
+
+
+def _built(name: str, facts: dict[str, Any], prefix: Path) -> str:
+    """What a build made of one source, and what it left out."""
+    accounts = facts.get("accounts", {})
+    left = (f"{sum(accounts.get(what, {}).values()):,} {what}" for what in ("skipped", "removed"))
+    return f"{name}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {', '.join(left)}; {prefix}"
 
 
 @app.command("work", hidden=True)

@@ -213,6 +213,17 @@ def test_wrong_usage_is_told_without_a_traceback(octo: Octo, tmp_path: Path, arg
     assert _tree(tmp_path) == before
 
 
+def test_a_build_says_what_it_made_of_each_source_and_what_it_left_out(octo: Octo, tmp_path: Path) -> None:
+    texts = ["one text", "another text", "one text", "a third text"]
+    lines = [*(json.dumps({"text": text}) for text in texts), "{cut"]
+    (tmp_path / "text.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    skipping = {"on_bad_line": "skip", "deduplicate": {"near": None}, "corpora": {"text": {"path": "text.jsonl"}}}
+    (tmp_path / "some.yaml").write_text(yaml.safe_dump({"tokenizer": DATA["tokenizer"], **skipping}))
+    code, out, _ = octo("data", "build", "some.yaml", "--out", "d")
+    tokens = json.loads((tmp_path / "d" / "manifest.json").read_text())["tokens"]
+    assert (code, out) == (0, f"text: 3 documents, {tokens} tokens, 1 skipped, 1 removed; d/text\n")
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("limit", [400, 4_000, 20_000], ids=["at once", "in the tokenizer", "in the tokens"])
 def test_where_nothing_more_fits_nothing_is_left_half_written(octo: Octo, tmp_path: Path, limit: int) -> None:

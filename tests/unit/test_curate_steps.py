@@ -111,6 +111,10 @@ SENT = "A triangle has three sides and three angles. " * 10
         ("I'm sorry, but I can't help with that." + SENT, "stop", "refusal"),
         ("Unfortunately, I am unable to." + SENT, "stop", "refusal"),
         ("As an AI language model" + SENT, "stop", "refusal"),
+        ("As a language model, I do not do that." + SENT, "stop", "refusal"),
+        ("I won't help with that." + SENT, "stop", "refusal"),
+        ("Unable to comply with the request." + SENT, "stop", "refusal"),
+        ("Sorry but this is not allowed." + SENT, "stop", "refusal"),
         (SENT[: len(SENT) // 4], "stop", "too short"),
         (SENT * 2, "stop", "too long"),
         (SENT + "\0", "stop", "NUL character"),
@@ -125,7 +129,11 @@ def test_refined_documents() -> None:
     assert refined_text(Answer(text=f"\n{SENT}\n", finish="stop"), SENT, Refine()) == (SENT.strip(), False)
     for opening in ("Here is the refined text:\n\n", "Sure! Here's the document, refined:\n", "Below is the text:\n\n"):
         assert refined_text(Answer(text=opening + SENT, finish="stop"), SENT, Refine()) == (SENT.strip(), True)
-    for start in ("Here is a theorem.\n", "I can show that x = 1.\n"):  # documents begin like this
+    for start in (
+        "Here is a theorem.\n",
+        "I can show that x = 1.\n",
+        "I won't prove it here.\n",
+    ):  # documents begin like this
         assert refined_text(Answer(text=start + SENT, finish="stop"), SENT, Refine()) == (start + SENT.strip(), False)
 
 

@@ -38,7 +38,9 @@ def classify_corpora(curation: Curation, parts: list[Part], team: Executor) -> d
     """
     config = curation.config
     assert config.classify is not None
-    model, own = model_of(curation), {"format": FORMAT, "read": reading(curation)}
+    named = config.classify.model
+    model = named_model(named) if named else curation.result / "classifier" / "model.bin"
+    own = {"format": FORMAT, "read": reading(curation)}
     sha256 = hash_file(model)
     own |= {"model": sha256, "threshold": config.classify.threshold}
     work = partial(score_shard, curation, model, sha256)
@@ -52,15 +54,12 @@ def classify_corpora(curation: Curation, parts: list[Part], team: Executor) -> d
     }  # fmt: skip
 
 
-def model_of(curation: Curation) -> Path:
-    """The classifier's file.
+def named_model(named: Path) -> Path:
+    """The classifier's file that `classify.model` names.
 
     Raises:
-        DataError: the named one is not there.
+        DataError: it is not there.
     """
-    named = curation.config.classify.model if curation.config.classify else None
-    if named is None:
-        return curation.result / "classifier" / "model.bin"
     path = expand_path(named, "classify.model")
     if not path.is_file():
         raise DataError(f"classify.model: {path} is no file", fix="name a fastText model, or train one")
@@ -113,6 +112,7 @@ def keep_documents(curation: Curation, parts: list[Part], classified: dict[str, 
     """
     own = {"format": FORMAT, "classified": {name: classified[name] for name in ("model", "accounts", "kept")}}
     own |= {"settings": curation.config.model_dump(mode="json", include={"classify", "seed"})}
+    own |= {"read": reading(curation)}  # the texts: another rendering may have the same counts
     stage = Stage(KEEP, parts, partial(_keep, curation), own)
     done = run_stages([stage], curation.work, team)[KEEP]
     return {"documents": total(done, "documents"), **all_left(done)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_octo.data.engine.stage import Executor, Stage, calls_of, run_calls
 FORMAT = 1
 JUDGE, JUDGED = "judge", "judged"
 
+_NO_ANSWER = "no answer: "
 _ANSWER = 700.0  # characters: a justification of at most a hundred words, and the score
 _MARKS = r"[\s*_`#>]*"
 _SCORE = re.compile(
@@ -72,7 +74,7 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
     tasks = [(part.number, part.shard, facts["sha256"]) for part, facts in zip(parts, sample["parts"], strict=True)]
     stage = Stage(JUDGE, tasks, partial(collect, curation, asked), {"format": FORMAT, "asked": asked.as_json()})
     calls = calls_of(stage, curation.work)
-    left_over = [place for place, call in enumerate(calls) if call.done(curation.work) is None]
+    left_over = [place for place, call in enumerate(calls) if not all_answered(call.done(curation.work))]
     piles = [
         Pile(
             curation.answers(JUDGE, parts[place].shard),
@@ -87,6 +89,7 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
         forecast = Forecast.of(asked, total(facts, "documents"), total(facts, "characters"), _ANSWER)
         ask_all(JUDGE, piles, asked, endpoint, forecast)
     done = run_calls(stage, calls, curation.work, team)
+    tell_unanswered(JUDGE, done)
     names = ("documents", "scores", "unscored", "rejected", "shortened", "tokens_in", "tokens_out")
     counts = {name: total(done, name) for name in names}
     positive = sum(number for score, number in counts["scores"].items() if int(score) >= judge.positive_from)
@@ -140,6 +143,25 @@ def answered(log: Log, asked: Asked, documents: Any, facts: dict[str, Any]) -> I
 def why_not(answer: Answer) -> str:
     """The reason for which a document has no answer, in words that do not depend on the document."""
     if answer.failure is not None:
-        return f"no answer: {answer.failure}"
+        return f"{_NO_ANSWER}{answer.failure}"
     assert answer.error is not None
     return answer.error.partition(":")[0]
+
+
+def all_answered(facts: dict[str, Any] | None) -> bool:
+    """Whether a shard is finished, and no question about it only failed: those are asked again at the next start."""
+    return facts is not None and not _unanswered(facts)
+
+
+def tell_unanswered(step: str, done: list[dict[str, Any]]) -> None:
+    """Say how many documents are left out for want of an answer, and how they are asked about again."""
+    if number := sum(map(_unanswered, done)):
+        print(
+            f"octo: note: {step}: {number} documents got no answer and are left out; the same command asks about them "
+            "again (once the curation is finished: delete its manifest.json first; answers are kept)",
+            file=sys.stderr,
+        )
+
+
+def _unanswered(facts: dict[str, Any]) -> int:
+    return sum(number for why, number in facts["rejected"].items() if why.startswith(_NO_ANSWER))

@@ -11,7 +11,7 @@ from megatron_octo.config.curate import Refine
 from megatron_octo.data.curate.answers import Answer, Log
 from megatron_octo.data.curate.ask import Forecast, Pile, ask_all
 from megatron_octo.data.curate.classify import CORPUS, kept_documents
-from megatron_octo.data.curate.judge import answered, why_not
+from megatron_octo.data.curate.judge import all_answered, answered, tell_unanswered, why_not
 from megatron_octo.data.curate.parts import Curation, Part, all_left, count, left, read_shard, total, write_documents
 from megatron_octo.data.curate.prompts import Asked, asked_of
 from megatron_octo.data.curate.sample import reading
@@ -21,8 +21,10 @@ FORMAT = 1
 REFINE, MEASURE = "refine", "measure"
 
 _REFUSAL = re.compile(
-    r"\W*(?:i(?:['’]?m| am) (?:sorry|not able|unable)|sorry,|i apologi[sz]e|i can(?:no|['’])t |as an ai\b"
-    r"|unfortunately, i )",
+    r"\W*(?:i(?:['’]?m| am) (?:sorry|not able|unable)|sorry\b(?:,|[.!]? (?:but|i)\b)|i apologi[sz]e"
+    r"|i can(?:no|['’]| no)t |(?:i (?:won['’]t|will not|must decline to|decline to)|unable to) (?:be able|help|assist"
+    r"|compl|fulfil|provide|rewrite|refine|process|produce|write|generate|continue|do (?:this|that)|engage)"
+    r"|as an? (?:ai|(?:large )?language model)\b|unfortunately, i )",
     re.I,
 )
 _OPENING = re.compile(
@@ -91,7 +93,7 @@ def refine_corpora(
     own |= {"model": classified and classified["model"]}
     stage = Stage(REFINE, parts, partial(collect, curation, asked), own)
     calls = calls_of(stage, curation.work)
-    waiting = [place for place, call in enumerate(calls) if call.done(curation.work) is None]
+    waiting = [place for place, call in enumerate(calls) if not all_answered(call.done(curation.work))]
     piles = [
         Pile(
             curation.answers(REFINE, parts[place].shard), partial(_texts, curation, parts[place]), calls[place].perform
@@ -105,6 +107,7 @@ def refine_corpora(
             REFINE, piles, asked, endpoint, Forecast.of(asked, documents, characters, characters / max(1, documents))
         )
     done = run_calls(stage, calls, curation.work, team)
+    tell_unanswered(REFINE, done)
     names = (
         "documents", "kept", "rejected", "openings", "shortened", "characters_in", "characters_out", "tokens_in",
         "tokens_out",

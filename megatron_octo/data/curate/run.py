@@ -11,7 +11,7 @@ from megatron_octo import __version__
 from megatron_octo.config.curate import CurateConfig, Question, Step
 from megatron_octo.config.load import differences
 from megatron_octo.data.corpora.shard import Shard, list_shards
-from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, model_of
+from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, named_model
 from megatron_octo.data.curate.client import key_of
 from megatron_octo.data.curate.judge import judge_sample
 from megatron_octo.data.curate.parts import Curation, Part
@@ -82,11 +82,13 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
 
 
 def _look(config: CurateConfig) -> tuple[dict[str, InputFile], list[Part]]:
-    """Every input file as it is now, by corpus and name within it, and all shards."""
+    """Every input file as it is now, by corpus and name within it or by its field, and all shards."""
     shards = [shard for name in config.corpora for shard in list_shards(config, name)]
     if not shards:
         raise DataError("the corpora hold no files", fix="look at their paths")
     files = {_name(shard): shard.path for shard in shards}
+    if config.classify is not None and config.classify.model is not None:
+        files["classify.model"] = str(named_model(config.classify.model))
     looked = {name: look_at(path) for name, path in files.items()}
     return looked, [Part(number, shard, None) for number, shard in enumerate(shards)]
 
@@ -149,8 +151,6 @@ def _steps(curation: Curation, parts: list[Part], until: str, team: Executor) ->
     steps = config.steps[: config.steps.index(until) + 1]  # type: ignore[arg-type]
     for question in (getattr(config, step) for step in steps if step in ("judge", "refine")):
         key_of(config.endpoint_of(question))  # before hours of work, not after
-    if config.classify is not None and config.classify.model is not None:
-        model_of(curation)
     for step in steps:
         if step == "sample":
             found[step] = draw_sample(curation, parts, team)
