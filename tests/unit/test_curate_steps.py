@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from curate_tools import settings, text_of, write_corpus
+from curate_tools import Reply, judged, serving, settings, text_of, write_corpus
 
 from megatron_octo.config.curate import CurateConfig, Refine, Train
 from megatron_octo.config.load import load_config, parse_config
 from megatron_octo.config.recipes import RECIPES
 from megatron_octo.data.curate import train
 from megatron_octo.data.curate.answers import Answer
+from megatron_octo.data.curate.classify import keep_documents
 from megatron_octo.data.curate.judge import NoScore, score_of
 from megatron_octo.data.curate.normalize import normalized
 from megatron_octo.data.curate.parts import Curation, random_number, read_documents, write_documents
 from megatron_octo.data.curate.refine import Unfit, refined_text
-from megatron_octo.data.curate.run import curate
+from megatron_octo.data.curate.run import _look, curate
 from megatron_octo.data.curate.sample import year_of
+from megatron_octo.data.engine.executors import InProcess
 from megatron_octo.errors import ConfigError, DataError, StageFailed
 
 
@@ -309,3 +311,52 @@ def test_equal_texts_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     assert 15 < len(held) < 45 and sum(counts["held_out"].values()) == 3 * len(held)
     assert counts["held_out"]["positive"] > 1.5 * counts["held_out"]["negative"]
     assert counts["trained"]["positive"] == counts["trained"]["negative"] == len(trained) // 2
+
+
+def test_a_question_that_failed_is_asked_again_at_the_next_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path / "in", 20)
+    failing = {3, 4}
+    with serving(lambda asked, _: Reply(status=500) if asked.document in failing else judged(asked)) as server:
+        values = settings(tmp_path / "in", server)
+        values["endpoint"] |= {"attempts": 1}
+        config = parse_config(CurateConfig, values, "file")
+        first = curate(config, tmp_path / "out", "judge")["judge"]
+        assert first["rejected"] == {"no answer: HTTP 500": 2} and len(server.requests) == 20
+        assert "judge: 2 documents got no answer and are left out" in capfd.readouterr().err
+        failing.clear()
+        again = curate(config, tmp_path / "out", "judge")["judge"]
+    assert again["rejected"] == {} and sum(again["scores"].values()) == 20 and len(server.requests) == 22
+    assert "got no answer" not in capfd.readouterr().err
+
+
+def test_another_rendering_is_kept_anew(tmp_path: Path) -> None:
+    """Also where it has as many documents and the same scores."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "other": "two"}\n')
+    kept = []
+    for field in ("text", "other"):
+        corpora = {"web": {"path": str(tmp_path / "a.jsonl"), "fields": {"text": field}}}
+        curation = Curation(parse_config(CurateConfig, settings(tmp_path, corpora=corpora), "file"), tmp_path)
+        _, parts = _look(curation.config)
+        scores = curation.file("classify", 0, ".npy")
+        scores.parent.mkdir(parents=True, exist_ok=True)
+        np.save(scores, np.ones(1, np.float32))
+        keep_documents(curation, parts, {"model": "m", "accounts": {}, "kept": 1}, InProcess())
+        kept += [record["text"] for record in read_documents(curation.shard_file("corpus", 0))]
+    assert kept == ["one", "two"]
+
+
+def test_a_finished_curation_is_kept_from_another_classifier(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "in", 10)
+    (tmp_path / "lines").write_text(LINES)
+    code = "import fasttext as f, sys; f.train_supervised(sys.argv[1], dim=4, thread=1).save_model(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lines"), str(tmp_path / "m.bin")], check=True)
+    only = {"classify": {"model": str(tmp_path / "m.bin"), "threshold": 0.0}}
+    values = settings(tmp_path / "in", **dict.fromkeys(("sample", "judge", "train", "refine", "endpoint")), **only)
+    config = parse_config(CurateConfig, values, "file")
+    finished = curate(config, tmp_path / "out")
+    assert curate(config, tmp_path / "out") == finished
+    (tmp_path / "m.bin").write_bytes((tmp_path / "m.bin").read_bytes() + b"x")
+    with pytest.raises(ConfigError, match=r"holds another curation: inputs.classify.model"):
+        curate(config, tmp_path / "out")
