@@ -15,7 +15,9 @@ from megatron_octo.config.load import parse_config
 from megatron_octo.data.clean.removals import Removal, read_removals
 from megatron_octo.data.clean.stages import clean_stages
 from megatron_octo.data.engine.executors import InProcess
+from megatron_octo.data.engine.inputs import look_at, versions
 from megatron_octo.data.engine.stage import run_stages
+from megatron_octo.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ def config_of(**changes: Any) -> DataBuildConfig:
 
 def clean(corpora: dict[str, list[list[str]]], work: Path, executor: Any = None, **changes: Any) -> dict[str, Removal]:
     """Clean corpora; returns the removals by the document's id."""
-    shards, found = shards_of(corpora), {}
-    run_stages(clean_stages(config_of(**changes), shards, work, {}, read_held), work, executor or InProcess())
+    shards, found, config = shards_of(corpora), {}, config_of(**changes)
+    paths = [Path(one.path) for one in (config.decontaminate.against.values() if config.decontaminate else ())]
+    seen = [look_at(str(path)) for path in paths if path.is_file()]
+    known = versions(seen, {file.path: hash_file(Path(file.path)) for file in seen})
+    run_stages(clean_stages(config, shards, work, known, read_held), work, executor or InProcess())
     for shard in (shard for several in shards.values() for shard in several):
         for place, removal in read_removals(work, shard).items():
             assert removal.place == place and removal.document == f"{shard.path}:{place + 1}"

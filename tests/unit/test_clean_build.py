@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from clean_tools import config_of, questions, write_benchmark
 
+from megatron_octo.data.clean import stages
 from megatron_octo.data.engine import build
 from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.pairs import read_index
+from megatron_octo.errors import DataError
 from megatron_octo.files import LOCK
 
 
@@ -80,3 +82,24 @@ def test_a_benchmark_mended_before_the_end_counts(tmp_path: Path, monkeypatch: p
     manifest = build.build_data(config, tmp_path / "out")
     assert manifest["sources"]["web"]["accounts"]["removed"] == {"exact_duplicate": 1}
     assert read_index(tmp_path / "out" / "web").documents == 4
+
+
+@pytest.mark.timeout(120)
+def test_a_benchmark_that_was_another_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compared with the other one counts for nothing, though the file is again what was hashed."""
+    config, look, path = _config(tmp_path), stages.look, tmp_path / "made.jsonl"
+    right = path.read_bytes()
+
+    def other(*given: Any) -> dict[str, Any]:
+        write_benchmark(path, questions(1, seed=4))
+        try:
+            return look(*given)
+        finally:
+            path.write_bytes(right)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "look", other)
+        with pytest.raises(DataError, match="changed while the build read it"):
+            build.build_data(config, tmp_path / "out")
+    manifest = build.build_data(config, tmp_path / "out")
+    assert manifest["sources"]["web"]["accounts"]["removed"] == {"exact_duplicate": 1, "leak": 1}

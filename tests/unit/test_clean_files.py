@@ -15,7 +15,7 @@ from clean_tools import config_of, questions, write_benchmark
 from typer.testing import CliRunner, Result
 
 from megatron_octo.cli.root import app
-from megatron_octo.data.clean import files
+from megatron_octo.data.clean import files, stages
 from megatron_octo.data.clean.files import clean_files
 from megatron_octo.errors import ConfigError, DataError, OctoError
 
@@ -103,6 +103,28 @@ def test_parquet_with_its_columns_and_a_kill(tmp_path: Path, monkeypatch: pytest
             clean_files(config, tmp_path / "again")
     assert not (tmp_path / "again/manifest.json").exists()
     assert clean_files(config, tmp_path / "again") == whole
+
+
+@pytest.mark.timeout(60)
+def test_what_was_read_of_another_file_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is downloaded over itself while it is read: its hash is as before, what was read is not."""
+    path, look = tmp_path / "a.jsonl", stages.look
+    path.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(60)))
+    whole = path.read_bytes()
+
+    def half(*given: Any) -> dict[str, Any]:
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:30]))
+        try:
+            return look(*given)
+        finally:
+            path.write_bytes(whole)
+
+    config = config_of(corpora={"a": {"path": str(path)}}, deduplicate={})
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "look", half)
+        with pytest.raises(DataError, match="changed while the build read it"):
+            clean_files(config, tmp_path / "out")
+    assert clean_files(config, tmp_path / "out")["accounts"]["a"]["read"] == 60
 
 
 def test_measure_prints_and_writes_the_table(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.removals import read_removals, removals_path
 from megatron_octo.data.clean.stages import SIGNATURES, clean_facts, clean_stages, open_shard
 from megatron_octo.data.clean.tasks import Cleaning, Part
+from megatron_octo.data.corpora.files import input_path
 from megatron_octo.data.corpora.lines import numbered_lines, open_input
 from megatron_octo.data.corpora.read import Accounts
 from megatron_octo.data.corpora.rows import numbered_rows
 from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards
 from megatron_octo.data.engine.build import claim, only_writer, refuse_other
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import inputs_stage, look_at, refuse_change
+from megatron_octo.data.engine.inputs import inputs_stage, look_at, refuse_change, versions
 from megatron_octo.data.engine.publish import RESULT, WORK, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Stage, run_stages
 from megatron_octo.errors import DataError
@@ -57,6 +58,8 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     benchmarks = config.decontaminate.against.items() if config.decontaminate else ()
     paths = [shard.path for own in shards.values() for shard in own]
     paths += [str(path) for name, one in benchmarks if (path := benchmark_file(name, one))]
+    heldout = config.problem_files.get("problems.heldout.file")
+    paths += [str(input_path(heldout, "problems.heldout.file"))] if heldout else []
     seen = [look_at(path) for path in paths]
     with only_writer(out) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
@@ -69,7 +72,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
             _verify(out, finished)
             shutil.rmtree(work)
             return finished
-        stages = clean_stages(config, shards, work, hashes)
+        stages = clean_stages(config, shards, work, versions(seen, hashes))
         found = run_stages([*stages, _writing(config, work, stages)], work, team)
         for file in seen:
             refuse_change(file)

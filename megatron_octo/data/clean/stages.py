@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from megatron_octo.data.clean.tasks import (
     measure_recall,
     search_bucket,
 )
+from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import Stage
-from megatron_octo.files import hash_file
 
 FORMAT = 3
 """Part of what every stage is made from: raised when the same settings and inputs give another result."""
@@ -37,7 +37,7 @@ def clean_stages(
     config: DataBuildConfig,
     shards: dict[str, list[Any]],
     work: Path,
-    hashes: dict[str, str],
+    versions: Mapping[str, Version],
     read: Callable[[Any], Iterable[Any]] | None = None,
 ) -> list[Stage]:
     """The stages that find duplicates and leaks; none where the build asks for neither.
@@ -49,7 +49,7 @@ def clean_stages(
         config: the build. The world's text is not cleaned: it has no shard with a path.
         shards: of each corpus, in the order in which documents are kept.
         work: work directory of the build.
-        hashes: SHA-256 of the input files by path; names and sizes of the stages do not depend on them.
+        versions: of the input files by path; names and sizes of the stages do not depend on them.
         read: opens a shard: yields its documents, the same ones at every reading; by default its `ShardReader`.
 
     Returns:
@@ -64,12 +64,13 @@ def clean_stages(
     if same is None and leaks is None:
         return []
     found = [shard for name in shards for shard in shards[name] if shard.path]
-    parts = [Part(number, shard, hashes.get(shard.path)) for number, shard in enumerate(found)]
+    parts = [Part(number, shard, versions.get(shard.path)) for number, shard in enumerate(found)]
     cleaning = Cleaning(config, work, read or partial(open_shard, config))
-    benchmarks = {name: _hash(benchmark_file(name, one)) for name, one in (leaks.against if leaks else {}).items()}
+    paths = {name: benchmark_file(name, one) for name, one in (leaks.against if leaks else {}).items()}
+    benchmarks = {name: versions.get(str(path)) for name, path in paths.items()}
     settings = config.model_dump(mode="json", exclude={"tokenizer", "index"})
-    own = {"format": FORMAT, "settings": settings, "benchmarks": benchmarks, "heldout": _heldout(config, hashes)}
-    whole = {**own, "shards": [part.sha256 for part in parts]}
+    own = {"format": FORMAT, "settings": settings, "benchmarks": benchmarks, "heldout": _heldout(config, versions)}
+    whole = {**own, "shards": [part.version for part in parts]}
 
     def stage(name: str, tasks: list[Any], work: Callable[[Cleaning, Any], dict[str, Any]], made_from: Any) -> Stage:
         return Stage(name, tasks, partial(work, cleaning), made_from)
@@ -129,12 +130,8 @@ def open_shard(config: DataBuildConfig, shard: Any) -> Iterable[Any]:
     return ShardReader(config, shard)
 
 
-def _heldout(config: DataBuildConfig, hashes: dict[str, str]) -> str | None:
-    """The hash of the held-out problems: readers leave out the records that ask them."""
+def _heldout(config: DataBuildConfig, versions: Mapping[str, Version]) -> Version | None:
+    """The version of the held-out problems: readers leave out the records that ask them."""
     heldout = config.problems.heldout
     file = heldout.file if heldout else None
-    return hashes.get(str(expand_path(file.path, "problems.heldout.file.path"))) if file else None
-
-
-def _hash(path: Path | None) -> str | None:
-    return None if path is None else hash_file(path)
+    return versions.get(str(expand_path(file.path, "problems.heldout.file.path"))) if file else None

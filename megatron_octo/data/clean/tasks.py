@@ -29,6 +29,7 @@ from megatron_octo.data.clean.removals import (
     write_removals,
 )
 from megatron_octo.data.clean.words import Batch
+from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import FILES, advance
 from megatron_octo.files import write_bytes
 
@@ -77,12 +78,12 @@ class Part:
     Args:
         number: its place among all shards of the build that are cleaned.
         shard: what to read.
-        sha256: what its file hashes to.
+        version: of its file.
     """
 
     number: int
     shard: Any
-    sha256: str | None
+    version: Version | None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from datatrove.data import Document
 from megatron_octo.config.curate import CurateConfig
 from megatron_octo.data.corpora.read import Accounts, ShardReader
 from megatron_octo.data.corpora.shard import Shard
+from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.stage import FILES
 from megatron_octo.files import hash_file, replacing
@@ -66,12 +67,12 @@ class Part:
     Args:
         number: its place among all shards.
         shard: what to read.
-        sha256: what its file hashes to.
+        version: of its file.
     """
 
     number: int
     shard: Shard
-    sha256: str | None
+    version: Version | None
 
 
 def read_shard(

@@ -21,7 +21,7 @@ from megatron_octo.data.curate.sample import draw_sample
 from megatron_octo.data.curate.train import train_classifier
 from megatron_octo.data.engine.build import only_writer
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
+from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change, versions
 from megatron_octo.data.engine.publish import MANIFEST, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
 from megatron_octo.errors import ConfigError, DataError
@@ -70,7 +70,8 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
             _refuse_altered(out, finished)
             shutil.rmtree(curation.work)
             return finished
-        parts = [replace(part, sha256=inputs[_name(part.shard)]["sha256"]) for part in parts]
+        known = versions(files.values(), {files[name].path: facts["sha256"] for name, facts in inputs.items()})
+        parts = [replace(part, version=known[part.shard.path]) for part in parts]
         found = _steps(curation, parts, until or config.steps[-1], team)
         for file in files.values():
             refuse_change(file)

@@ -28,6 +28,7 @@ from megatron_octo.data.curate.parts import (
     total,
     write_documents,
 )
+from megatron_octo.data.engine.inputs import look_at, versions
 from megatron_octo.data.engine.stage import Executor, Stage, advance, run_stages
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_file, replacing
@@ -80,8 +81,10 @@ def reading(curation: Curation) -> dict[str, Any]:
     """What the documents of the corpora follow from, besides the files."""
     config = curation.config
     settings = config.model_dump(mode="json", include={"corpora", "on_bad_line", "problems", "seed"})
-    heldout = [hash_file(input_path(file, where)) for where, file in config.problem_files.items() if "heldout" in where]
-    return {**settings, "heldout": heldout}
+    paths = [input_path(file, where) for where, file in config.problem_files.items() if "heldout" in where]
+    seen = [look_at(str(path)) for path in paths]
+    heldout = versions(seen, {str(path): hash_file(path) for path in paths})
+    return {**settings, "heldout": list(heldout.values())}
 
 
 def total_accounts(facts: list[dict[str, Any]]) -> dict[str, Any]:

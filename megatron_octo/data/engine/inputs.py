@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_octo.data.engine.stage import Stage, advance
 from megatron_octo.errors import DataError
@@ -28,6 +28,23 @@ class InputFile:
     path: str
     bytes: int
     modified: str
+
+
+class Version(NamedTuple):
+    """What a task that reads a file follows from: its content, and how it looked when that was hashed.
+
+    A file that was another one while it was read may be mended to the content that was hashed. It then looks otherwise,
+    so that what was made meanwhile counts for nothing.
+    """
+
+    sha256: str
+    bytes: int
+    modified: str
+
+
+def versions(files: Iterable[InputFile], hashes: Mapping[str, str]) -> dict[str, Version]:
+    """The versions of those files that are hashed, by path."""
+    return {file.path: Version(hashes[file.path], file.bytes, file.modified) for file in files if file.path in hashes}
 
 
 def look_at(path: str) -> InputFile:

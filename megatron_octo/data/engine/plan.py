@@ -14,7 +14,7 @@ from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.stages import REMOVALS, clean_stages
 from megatron_octo.data.corpora.files import input_path
 from megatron_octo.data.corpora.shard import Shard, list_shards, refuse_shared_files
-from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change
+from megatron_octo.data.engine.inputs import InputFile, Version, inputs_stage, look_at, refuse_change, versions
 from megatron_octo.data.engine.stage import Stage, calls_of
 from megatron_octo.data.engine.tasks import (
     TOKENISE,
@@ -100,26 +100,27 @@ class Plan:
             hashes: of the input files, by path; the names and sizes of the stages do not depend on them.
             intact: sources of a finished build that need not be made again.
         """
-        config, base = self.build.config, self._base(hashes)
+        found = versions((file for files in self.files.values() for file in files.values()), hashes)
+        config, base = self.build.config, self._base(found)
         trained = config.tokenizer.train
         corpora = (trained.corpora or config.sources) if trained else []
         read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
-        tokenizer = {**base, "inputs": self._hashes(hashes, read)}
+        tokenizer = {**base, "inputs": self._versions(found, read)}
         stages = [Stage(TOKENIZER, [corpora], self._work(make_tokenizer), tokenizer)]
-        cleaning = self._cleaning(hashes)
+        cleaning = self._cleaning(found)
         removals = self._removals(cleaning)
-        pieces = self._pieces(hashes, {**base, "tokenizer": hash_json(tokenizer)}, removals)
+        pieces = self._pieces(found, {**base, "tokenizer": hash_json(tokenizer)}, removals)
         join = self._join(pieces, intact)
         return [*cleaning, *stages, replace(pieces, skip=self._joined(pieces, join)), join]
 
-    def _cleaning(self, hashes: dict[str, str]) -> list[Stage]:
+    def _cleaning(self, found: dict[str, Version]) -> list[Stage]:
         """The stages that find what to leave out; a file must be the same in all of them."""
-        found = []
-        for stage in clean_stages(self.build.config, self.shards, self.build.work, hashes):
+        stages = []
+        for stage in clean_stages(self.build.config, self.shards, self.build.work, found):
             files = [self._file(task.shard) if hasattr(task, "shard") else None for task in stage.tasks]
             tasks = [Watched(task, file) for task, file in zip(stage.tasks, files, strict=True)]
-            found.append(replace(stage, tasks=tasks, work=partial(watch, stage.work)))
-        return found
+            stages.append(replace(stage, tasks=tasks, work=partial(watch, stage.work)))
+        return stages
 
     def _file(self, shard: Shard) -> InputFile | None:
         return self.files[f"corpora.{shard.corpus}"][shard.name] if shard.path else None
@@ -136,31 +137,31 @@ class Plan:
         done = {call.task.name for call in calls if call.number in join.skip or call.done(work) is not None}
         return frozenset(number for number, task in enumerate(pieces.tasks) if task.shard.corpus in done)
 
-    def _base(self, hashes: dict[str, str]) -> dict[str, Any]:
+    def _base(self, found: dict[str, Version]) -> dict[str, Any]:
         settings = hash_json(self.build.config.model_dump(mode="json"))
-        return {"format": FORMAT, "settings": settings, "heldout": self._hashes(hashes, ["problems.heldout.file"])}
+        return {"format": FORMAT, "settings": settings, "heldout": self._versions(found, ["problems.heldout.file"])}
 
-    def _hashes(self, hashes: dict[str, str], fields: list[str]) -> list[str | None]:
-        return [hashes.get(file.path) for field in fields for file in self.files.get(field, {}).values()]
+    def _versions(self, found: dict[str, Version], fields: list[str]) -> list[Version | None]:
+        return [found.get(file.path) for field in fields for file in self.files.get(field, {}).values()]
 
     def _work(self, function: Callable[[Build, Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         return partial(function, self.build)
 
-    def _pieces(self, hashes: dict[str, str], made_from: dict[str, Any], removals: dict[Shard, str]) -> Stage:
+    def _pieces(self, found: dict[str, Version], made_from: dict[str, Any], removals: dict[Shard, str]) -> Stage:
         tasks: list[Piece] = []
         for name, shards in self.shards.items():
             limited = self.build.config.budgets[name] is not None
-            after = hash_json(self._hashes(hashes, [f"corpora.{name}"])) if limited else None
+            after = hash_json(self._versions(found, [f"corpora.{name}"])) if limited else None
             first = len(tasks)
-            tasks += [self._piece(shard, hashes, first, after, removals.get(shard)) for shard in shards]
+            tasks += [self._piece(shard, found, first, after, removals.get(shard)) for shard in shards]
         parts = Counter(task.shard.path for task in tasks)
         amounts = [self._amount(task) / (parts[task.shard.path] if task.file else 1) for task in tasks]
         return Stage(TOKENISE, tasks, self._work(tokenise), made_from, amounts, "tokens")
 
     def _piece(
-        self, shard: Shard, hashes: dict[str, str], first: int, after: str | None, removals: str | None
+        self, shard: Shard, found: dict[str, Version], first: int, after: str | None, removals: str | None
     ) -> Piece:
-        return Piece(shard, self._file(shard), hashes.get(shard.path), first, after, removals)
+        return Piece(shard, self._file(shard), found.get(shard.path), first, after, removals)
 
     def _amount(self, task: Piece) -> float:
         """Bytes of the file, or tokens to generate."""

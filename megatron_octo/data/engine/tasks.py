@@ -13,7 +13,7 @@ from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.data.clean.removals import read_removals
 from megatron_octo.data.corpora.read import Accounts, ShardReader
 from megatron_octo.data.corpora.shard import Shard, list_shards
-from megatron_octo.data.engine.inputs import InputFile, refuse_change
+from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.stage import FILES, RECORDS
 from megatron_octo.data.index.digest import TOKENIZER_FILES
@@ -57,7 +57,7 @@ class Piece:
     Args:
         shard: what to read.
         file: the shard's file as the build found it; None for generated text.
-        sha256: what the file hashes to.
+        version: of the file.
         first: number of the task of the corpus's first shard, to find what its earlier shards gave.
         after: hash over the whole corpus where the token budget may make this shard needless; else None.
         removals: key of the task that says what to leave out; None where nothing is cleaned.
@@ -65,7 +65,7 @@ class Piece:
 
     shard: Shard
     file: InputFile | None = field(compare=False)
-    sha256: str | None
+    version: Version | None
     first: int
     after: str | None
     removals: str | None
