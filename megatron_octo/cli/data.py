@@ -66,7 +66,10 @@ def build(
         from megatron_octo.data.engine.jobs import render_build
 
         script, said = render_build(config, file, out, workers)
-        typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
+        if script is None:
+            typer.echo(f"{out}: finished and whole; no job is needed")
+        else:
+            typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
         return
     from megatron_octo.data.engine.build import build_data
 

@@ -49,7 +49,7 @@ def _jobs(out: Path) -> dict[str, str]:
 def test_jobs_of_a_build(tmp_path: Path) -> None:
     config, out = _config(tmp_path / "in puts"), tmp_path / "my out"
     script, said = render_build(config, tmp_path / "in puts" / "data.yaml", out, workers=8)
-    assert said is None and script.read_text().count("\nsubmit ") == 5
+    assert script is not None and said is None and script.read_text().count("\nsubmit ") == 5
     jobs = _jobs(out)
     assert list(jobs) == [
         "1-inputs.sbatch", "2-tokenizer.sbatch", "3-tokenise.sbatch", "4-join.sbatch", "5-publish.sbatch"
@@ -94,6 +94,18 @@ def test_only_what_is_left_gets_a_job(tmp_path: Path) -> None:
     jobs = _jobs(out)
     assert list(jobs) == ["1-tokenise.sbatch", "2-join.sbatch", "3-publish.sbatch"]
     assert "#SBATCH --array=0-0\n" in jobs["1-tokenise.sbatch"]
+
+
+def test_a_finished_build_gets_no_job(tmp_path: Path) -> None:
+    config, file, out = _config(tmp_path / "inputs"), tmp_path / "inputs" / "data.yaml", tmp_path / "data"
+    build_data(config, out)
+    assert render_build(config, file, out, workers=None) == (None, None) and _jobs(out) == {}
+    (out / "one.bin").unlink()
+    assert render_build(config, file, out, workers=None)[0] is not None, "a damaged one is mended"
+    with (tmp_path / "inputs" / "one.jsonl").open("a") as lines:
+        lines.write('{"text": "one more"}\n')
+    with pytest.raises(ConfigError, match=r"holds another build: inputs.corpora.one.*one.jsonl"):
+        render_build(config, file, out, workers=None)
 
 
 @pytest.mark.parametrize(("stage", "share"), [("tokenize", "0/2"), ("inputs", "2/2"), ("inputs", "x")])

@@ -66,7 +66,7 @@ def build_data(
         intact: frozenset[str] = frozenset()
         if finished:
             refuse_other(out, "inputs", finished["inputs"], inputs)
-            if _is_whole(out):
+            if is_whole(out):
                 shutil.rmtree(out / WORK)
                 return finished
             intact = intact_sources(out, finished)
@@ -143,7 +143,8 @@ def _files(joined: list[dict[str, Any]]) -> list[str]:
     return [Path(name).name for found in joined for name in found.get(FILES, {})]
 
 
-def _is_whole(out: Path) -> bool:
+def is_whole(out: Path) -> bool:
+    """Whether every file of a finished build is as its manifest says."""
     try:
         verify_data(out)
     except DataError:

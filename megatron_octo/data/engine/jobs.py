@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.data.corpora.problems import build_world
-from megatron_octo.data.engine.build import claim, only_writer
+from megatron_octo.data.engine.build import claim, is_whole, only_writer, refuse_other
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
 from megatron_octo.data.engine.on_slurm import render
 from megatron_octo.data.engine.plan import Plan
@@ -20,7 +21,7 @@ from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 _OCTO = [sys.executable, "-m", "megatron_octo.cli", "data"]
 
 
-def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | None) -> tuple[Path, str | None]:
+def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | None) -> tuple[Path | None, str | None]:
     """Write the jobs of what is left of a build, and submit them where this machine has `sbatch`.
 
     Args:
@@ -30,7 +31,8 @@ def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | 
         workers: how many jobs may run at the same time; None for no limit.
 
     Returns:
-        The script that submits the jobs, and what it said if it was run.
+        The script that submits the jobs, and what it said if it was run; no script where the directory holds this
+        build, finished and whole: nothing is left to do.
 
     Raises:
         ConfigError, DataError: as `build_data`.
@@ -40,13 +42,21 @@ def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | 
     build_world(config)
     plan = Plan(config, out)
     with only_writer(out):
-        claim(out, config)
+        finished = claim(out, config)
+        if finished is not None:
+            refuse_other(out, "inputs", _sizes(finished["inputs"]), plan.sizes_by_field())
+            if is_whole(out):
+                return None, None
         stages = [plan.inputs(), *plan.stages(_hashes(plan) or {})]
         left = [(stage.name, _left(plan, stage)) for stage in stages]
         file = str(file.absolute())
         last = [*_OCTO, "build", file, "--out", str(out)]
         script = render(out / WORK / "slurm", left, [*_OCTO, "work", file, "--out", str(out)], last, workers)
     return script, _submit(script) if shutil.which("sbatch") else None
+
+
+def _sizes(inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    return {field: {name: file["bytes"] for name, file in files.items()} for field, files in inputs.items()}
 
 
 def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) -> None:

@@ -93,6 +93,10 @@ class Plan:
             for where, files in self.files.items()
         }
 
+    def sizes_by_field(self) -> dict[str, dict[str, int]]:
+        """The bytes of every input: what can be told of it without reading it."""
+        return {where: {name: file.bytes for name, file in files.items()} for where, files in self.files.items()}
+
     def stages(self, hashes: dict[str, str], intact: frozenset[str] = frozenset()) -> list[Stage]:
         """All stages after the first.
 
