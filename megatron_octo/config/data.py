@@ -66,7 +66,9 @@ class TokenizerConfig(Strict):
     """Either a tokenizer to train or one to take over."""
 
     train: TrainTokenizer | None = None
-    path: str | None = Field(default=None, description="directory in Hugging Face form with tokenizer.json")
+    path: str | None = Field(
+        default=None, description="directory with tokenizer.json or tokenizer.model, or a SentencePiece file *.model"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> TokenizerConfig:

@@ -269,6 +269,33 @@ def test_given_tokenizer_is_taken_over(built: Path, tmp_path: Path) -> None:
         build_data(_config(tmp_path, tokenizer={"path": str(tmp_path / "nowhere")}), tmp_path / "other")
 
 
+def test_only_the_files_of_a_tokenizer_count(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside it lie weights and what a download leaves; beside a corpus, files of other forms, which are told."""
+    given, corpus = tmp_path / "given", tmp_path / "corpus"
+    shutil.copytree(built / "data" / "tokenizer", given)
+    (given / ".cache").mkdir()
+    (given / "model.safetensors").write_bytes(b"weights")
+    corpus.mkdir()
+    for name in ("a.jsonl", "b.jsonl.bz2", "c.JSONL"):
+        (corpus / name).write_text('{"text": "one of its texts"}\n')
+    config = _config(
+        tmp_path, tokenizer={"path": str(given)}, corpora={"c": {"path": str(corpus)}}, world={}, problems={}
+    )
+    manifest = build_data(config, tmp_path / "data")
+    assert set(manifest["inputs"]["tokenizer.path"]) == {"tokenizer.json", "tokenizer_config.json"}
+    assert manifest["not_read"] == {"c": {"files": 2, "first": ["b.jsonl.bz2", "c.JSONL"]}}
+    assert "octo: corpora.c: 2 files not read" in capsys.readouterr().err
+
+
+def test_a_sentence_piece_file_is_a_tokenizer(tmp_path: Path) -> None:
+    given = Path(__file__).parents[1] / "golden" / "megatron_lm" / "sentencepiece.model"
+    config = _config(tmp_path, tokenizer={"path": str(given)}, world={}, problems={})
+    manifest = build_data(config, tmp_path / "data")
+    assert list(manifest["inputs"]["tokenizer.path"]) == [given.name]
+    assert (tmp_path / "data" / "tokenizer" / "tokenizer.model").read_bytes() == given.read_bytes()
+    assert verify_data(tmp_path / "data")["documents"] == 60
+
+
 def test_another_end_mark_is_another_build(built: Path, tmp_path: Path) -> None:
     """tokenizer_config.json names it: the copy of a build that was cut off must not outlive a change."""
     given = tmp_path / "given"

@@ -17,7 +17,7 @@ from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.removals import read_removals, removals_path
 from megatron_octo.data.clean.stages import SIGNATURES, clean_facts, clean_stages, open_shard
 from megatron_octo.data.clean.tasks import Cleaning, Part
-from megatron_octo.data.corpora.files import input_path
+from megatron_octo.data.corpora.files import input_path, unread_files
 from megatron_octo.data.corpora.lines import numbered_lines, open_input
 from megatron_octo.data.corpora.read import Accounts
 from megatron_octo.data.corpora.rows import numbered_rows
@@ -46,7 +46,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
         workers: shards worked on at the same time, see `executor_of`.
 
     Returns:
-        The manifest: `accounts` by corpus, `cleaning` as in the manifest of a build, `files` with size and hash.
+        The manifest: `accounts` by corpus, `cleaning` and `not_read` as in the manifest of a build, `files` with hash.
 
     Raises:
         ConfigError: the directory holds another result, or a setting is not allowed.
@@ -55,6 +55,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     """
     out = out.absolute()
     shards = {name: list_shards(config, name) for name in config.corpora}
+    not_read = unread_files(config)
     benchmarks = config.decontaminate.against.items() if config.decontaminate else ()
     paths = [shard.path for own in shards.values() for shard in own]
     paths += [str(path) for name, one in benchmarks if (path := benchmark_file(name, one))]
@@ -76,7 +77,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
         found = run_stages([*stages, _writing(config, work, stages)], work, team)
         for file in seen:
             refuse_change(file)
-        manifest = _manifest(config, inputs, found, shards)
+        manifest = {**_manifest(config, inputs, found, shards), "not_read": not_read}
         manifest["files"] |= _gather(work, shards)
         publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
     return manifest

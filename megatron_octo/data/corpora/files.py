@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_octo.errors import DataError
 
 _READABLE = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$|\.parquet$")
 _KINDS = "jsonl, jsonl.gz, jsonl.zst or parquet"
+_NAMED = 20
 
 
 def input_path(file: InputFile, where: str) -> Path:
@@ -59,14 +61,50 @@ def corpus_files(config: Inputs, name: str, adapter: Adapter) -> list[tuple[str,
     return _local_files(where, corpus, os.path.expanduser(path.removeprefix("file://")))
 
 
+def unread_files(config: Inputs) -> dict[str, dict[str, Any]]:
+    """Files in the folders of corpora that no corpus reads, for their names are of no form it knows; told on stderr.
+
+    Args:
+        config: the build.
+
+    Returns:
+        For each corpus that has such files how many, and the names of the first 20; files that are hidden do not count.
+    """
+    found = {}
+    for name, corpus in config.corpora.items():
+        names = _unread(corpus, f"corpora.{name}")
+        if names:
+            found[name] = {"files": len(names), "first": names[:_NAMED]}
+            shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+            said = f"not read, for a corpus is files of {_KINDS}"
+            print(f"octo: corpora.{name}: {len(names)} files {said}: {shown}", file=sys.stderr, flush=True)
+    return found
+
+
+def _unread(corpus: Corpus, where: str) -> list[str]:
+    path = expand(corpus.path, f"{where}.path") if corpus.path else ""
+    if "://" in path and not path.startswith("file://"):
+        import fsspec
+
+        system, root = fsspec.core.url_to_fs(path)
+        paths = [] if glob.has_magic(root) or system.isfile(root) else system.find(root)
+    else:
+        root = os.path.expanduser(path.removeprefix("file://"))
+        paths = [one for one in _all_in(root) if os.path.isfile(one)] if os.path.isdir(root) else []
+    return sorted(Path(os.path.relpath(one, root)).as_posix() for one in paths if not _is_corpus(one))
+
+
+def _all_in(folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
+
+
 def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]:
     assert corpus.path is not None
     if os.path.isfile(path):
         _refuse_unreadable(where, [path])
         return [(os.path.basename(path), path)]
     if os.path.isdir(path):
-        root, every = path, glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
-        paths = [one for one in every if _is_corpus(one)]
+        root, paths = path, [one for one in _all_in(path) if _is_corpus(one)]
     elif glob.has_magic(path):
         root, paths = os.path.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0]), glob.glob(path, recursive=True)
     else:

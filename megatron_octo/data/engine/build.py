@@ -15,6 +15,7 @@ from typing import IO, Any
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import differences
 from megatron_octo.data.clean.stages import clean_facts
+from megatron_octo.data.corpora.files import unread_files
 from megatron_octo.data.corpora.problems import (
     Problem,
     build_world,
@@ -57,7 +58,7 @@ def build_data(
     out = out.absolute()
     executor_of(executor, workers)  # what is wrong or missing is told before anything is written
     build_world(config)
-    plan = Plan(config, out)
+    plan, not_read = Plan(config, out), unread_files(config)
     with only_writer(out) as lock, executor_of(executor, workers, lock) as team:
         finish_publishing(out)
         finished = claim(out, config)
@@ -75,7 +76,8 @@ def build_data(
         plan.refuse_changes()
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
-        manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, clean_facts(facts, plan.shards))
+        cleaning = clean_facts(facts, plan.shards)
+        manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, cleaning, not_read)
         publish(out, manifest, ["tokenizer", "problems", *_files(facts[JOIN])])
         shutil.rmtree(out / WORK)
     return manifest

@@ -22,6 +22,7 @@ _VERSIONS = ("megatron-core", "tokenizers", "datatrove", "numpy")
 def make_manifest(
     config: DataBuildConfig, inputs: dict[str, Any], tokenizer: dict[str, Any], sources: dict[str, dict[str, Any]],
     problems: dict[str, dict[str, Any]], cleaning: dict[str, Any] | None = None,
+    not_read: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything a directory holds and follows from; no times and no machine: equal builds, equal manifests.
 
@@ -32,12 +33,14 @@ def make_manifest(
         sources: facts of each joined source.
         problems: count and hash of each split.
         cleaning: what was left out and how well leaks are found; None where nothing is cleaned.
+        not_read: files in the folders of corpora that no corpus reads, see `unread_files`.
     """
     return {
         "format": FORMAT,
         "code": __version__,
         "settings": config.model_dump(mode="json"),
         "inputs": inputs,
+        "not_read": not_read or {},
         "tokenizer": {"directory": "tokenizer", **_published(tokenizer)},
         "sources": {name: {**_origin(config, name), **_published(facts)} for name, facts in sources.items()},
         "problems": problems,

@@ -28,6 +28,7 @@ from megatron_octo.data.engine.tasks import (
     tokenise,
     watch,
 )
+from megatron_octo.data.index.digest import tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.files import hash_json
 
@@ -69,7 +70,7 @@ class Plan:
         if config.tokenizer.path is not None:
             directory = expand_path(config.tokenizer.path, "tokenizer.path")
             load_encoder(directory, config.index)
-            found["tokenizer.path"] = {path.name: look_at(str(path)) for path in sorted(directory.iterdir())}
+            found["tokenizer.path"] = {path.name: look_at(str(path)) for path in tokenizer_files(directory)}
         return found
 
     def inputs(self) -> Stage:

@@ -16,7 +16,7 @@ from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.stage import FILES, RECORDS
-from megatron_octo.data.index.digest import TOKENIZER_FILES
+from megatron_octo.data.index.digest import SENTENCE_PIECE, tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import pair_files
@@ -118,9 +118,8 @@ def make_tokenizer(build: Build, corpora: list[str]) -> dict[str, Any]:
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, out / (SENTENCE_PIECE if file == source else file.name))
 
 
 def _train_tokenizer(config: DataBuildConfig, corpora: list[str], out: Path) -> None:

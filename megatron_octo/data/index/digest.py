@@ -8,17 +8,24 @@ import numpy as np
 
 from megatron_octo.files import hash_file, hash_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+SENTENCE_PIECE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", SENTENCE_PIECE,
                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 """Files of a tokenizer directory in Hugging Face form that say how text becomes tokens."""
 
 
 def tokenizer_digest(directory: Path) -> str | None:
     """SHA-256 over the files of a tokenizer, wherever it lies; None where there is none."""
-    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not (directory / TOKENIZER_FILES[0]).is_file():
         return None
-    return hash_json({path.name: hash_file(path) for path in files})
+    return hash_json({path.name: hash_file(path) for path in tokenizer_files(directory)})
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that a tokenizer is, by name: of its directory what says how text becomes tokens, or one file."""
+    if path.is_file():
+        return [path]
+    return [path / name for name in sorted(TOKENIZER_FILES) if (path / name).is_file()]
 
 
 def stray_token(tokens: np.ndarray, vocabulary: int) -> int | None:
