@@ -103,3 +103,17 @@ def test_a_benchmark_that_was_another_for_a_moment(tmp_path: Path, monkeypatch: 
             build.build_data(config, tmp_path / "out")
     manifest = build.build_data(config, tmp_path / "out")
     assert manifest["sources"]["web"]["accounts"]["removed"] == {"exact_duplicate": 1, "leak": 1}
+
+
+@pytest.mark.timeout(120)
+def test_a_kept_copy_beyond_a_budget_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Corpus b loses its copies of what a has, also of the end of a, which a's budget leaves out."""
+    texts = [f"text number {number} of all" for number in range(12)]
+    _write(tmp_path / "a.jsonl", texts)
+    _write(tmp_path / "b.jsonl", [texts[0], *texts[9:], "a text of its own"])
+    corpora = {"a": {"path": str(tmp_path / "a.jsonl"), "tokens": 20}, "b": {"path": str(tmp_path / "b.jsonl")}}
+    config = config_of(corpora=corpora, deduplicate={"near": None})
+    manifest = build.build_data(config, tmp_path / "out")
+    assert manifest["sources"]["a"]["documents"] < 9 and manifest["sources"]["b"]["documents"] == 1
+    assert manifest["cleaning"]["kept_beyond_budget"] == {"b": 3}
+    assert "note: b: 3 documents are left out as duplicates of documents that lie beyond" in capfd.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +27,7 @@ from megatron_octo.data.corpora.problems import (
 )
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
-from megatron_octo.data.engine.plan import JOIN, TOKENIZER, Plan
+from megatron_octo.data.engine.plan import BEYOND, JOIN, TOKENIZER, Plan
 from megatron_octo.data.engine.publish import MANIFEST, RESULT, WORK, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
 from megatron_octo.errors import ConfigError, DataError
@@ -77,6 +78,8 @@ def build_data(
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
         cleaning = clean_facts(facts, plan.shards)
+        if BEYOND in facts and cleaning is not None:
+            cleaning["kept_beyond_budget"] = _tell_beyond(facts[BEYOND])
         manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, cleaning, not_read)
         publish(out, manifest, ["tokenizer", "problems", *_files(facts[JOIN])])
         shutil.rmtree(out / WORK)
@@ -143,6 +146,21 @@ def _hash_inputs(plan: Plan, team: Executor) -> dict[str, str]:
 def _files(joined: list[dict[str, Any]]) -> list[str]:
     """Names of the files that joining left in the result."""
     return [Path(name).name for found in joined for name in found.get(FILES, {})]
+
+
+def _tell_beyond(facts: list[dict[str, Any]]) -> dict[str, int]:
+    """Documents of each corpus that were left out for a copy which a token budget leaves out too; said aloud."""
+    lost: dict[str, int] = {}
+    for found in facts:
+        lost[found["corpus"]] = lost.get(found["corpus"], 0) + found["lost"]
+    for name, number in lost.items():
+        if number:
+            print(
+                f"octo: note: {name}: {number} documents are left out as duplicates of documents that lie beyond the "
+                "token budget of their own corpus, so that neither is in the data; name corpora with a budget last",
+                file=sys.stderr,
+            )
+    return {name: number for name, number in lost.items() if number}
 
 
 def is_whole(out: Path) -> bool:

@@ -20,8 +20,10 @@ from megatron_octo.data.engine.tasks import (
     TOKENISE,
     Build,
     Corpus,
+    Cut,
     Piece,
     Watched,
+    beyond_budgets,
     drop_pieces,
     join,
     make_tokenizer,
@@ -33,7 +35,7 @@ from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.files import hash_json
 
 FORMAT = 3
-TOKENIZER, JOIN = "tokenizer", "join"
+TOKENIZER, JOIN, BEYOND = "tokenizer", "join", "beyond"
 
 
 class Plan:
@@ -116,7 +118,17 @@ class Plan:
         removals = self._removals(cleaning)
         pieces = self._pieces(found, {**base, "tokenizer": hash_json(tokenizer)}, removals)
         join = self._join(pieces, intact)
-        return [*cleaning, *stages, replace(pieces, skip=self._joined(pieces, join)), join]
+        pieces = replace(pieces, skip=self._joined(pieces, join))
+        return [*cleaning, *stages, pieces, join, *self._beyond(join, removals)]
+
+    def _beyond(self, join: Stage, removals: dict[Shard, str]) -> list[Stage]:
+        """The stage that tells what a token budget makes of deduplication; none where one of the two is missing."""
+        budgets = [self.build.config.budgets[name] for name in self.build.config.corpora]
+        if self.build.config.deduplicate is None or not any(budgets):
+            return []
+        joined = [call.key for call in calls_of(join, self.build.work)]
+        tasks = [Cut(shard, key) for shard, key in removals.items()]
+        return [Stage(BEYOND, tasks, self._work(beyond_budgets), {"format": FORMAT, "joined": joined})]
 
     def _cleaning(self, found: dict[str, Version]) -> list[Stage]:
         """The stages that find what to leave out; a file must be the same in all of them."""

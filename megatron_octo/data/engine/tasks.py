@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
-from megatron_octo.data.clean.removals import read_removals
+from megatron_octo.data.clean.removals import LEAK, read_removals
 from megatron_octo.data.corpora.read import Accounts, ShardReader
 from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
@@ -19,7 +19,7 @@ from megatron_octo.data.engine.stage import FILES, RECORDS
 from megatron_octo.data.index.digest import SENTENCE_PIECE, tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
-from megatron_octo.data.index.table import pair_files
+from megatron_octo.data.index.table import DocumentTable, docs_path, pair_files
 from megatron_octo.data.index.tokenise import without, write_piece
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_directory, read_json
@@ -202,6 +202,36 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
     joined = join_pieces(pieces, prefix, budget, [found["blake3"] for found in needed])
     _check_account(prefix, accounts, joined["documents"] + joined["beyond_budget"]["documents"])
     return {**joined, "accounts": accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A shard whose removals are looked through for documents that a token budget left out elsewhere.
+
+    Args:
+        shard: the shard.
+        removals: key of the task that wrote its removals.
+    """
+
+    shard: Shard
+    removals: str
+
+
+def beyond_budgets(build: Build, cut: Cut) -> dict[str, Any]:
+    """Count the documents left out of a shard as duplicates whose kept copy lies beyond the budget of its corpus.
+
+    Neither is in the result then. Duplicates within one corpus do not count: what is kept comes first.
+    """
+    budgets, tables, lost = build.config.budgets, {}, 0
+    for removal in read_removals(build.work, cut.shard).values():
+        corpus = removal.other.partition("/")[0]
+        if removal.reason == LEAK or corpus == cut.shard.corpus or budgets.get(corpus) is None:
+            continue
+        if corpus not in tables:
+            joined = docs_path(build.result / corpus)
+            tables[corpus] = DocumentTable(joined if joined.exists() else docs_path(build.out / corpus))
+        lost += tables[corpus].find(removal.other) is None
+    return {"corpus": cut.shard.corpus, "lost": lost}
 
 
 @dataclass(frozen=True)
