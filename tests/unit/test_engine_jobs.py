@@ -13,7 +13,10 @@ import pytest
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config, parse_config
 from megatron_octo.data.engine.build import build_data
-from megatron_octo.data.engine.jobs import render_build, work_on_share
+from megatron_octo.data.engine.executors import InProcess
+from megatron_octo.data.engine.jobs import _hashes, render_build, work_on_share
+from megatron_octo.data.engine.plan import Plan
+from megatron_octo.data.engine.stage import run_stages
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 
 SBATCH = """\
@@ -50,6 +53,8 @@ def test_jobs_of_a_build(tmp_path: Path) -> None:
     config, out = _config(tmp_path / "in puts"), tmp_path / "my out"
     script, said = render_build(config, tmp_path / "in puts" / "data.yaml", out, workers=8)
     assert script is not None and said is None and script.read_text().count("\nsubmit ") == 5
+    submit = script.read_text()
+    assert submit.index('"${@:2}"') < submit.index("--dependency=afterok:$id"), "a user's own comes before, and loses"
     jobs = _jobs(out)
     assert list(jobs) == [
         "1-inputs.sbatch", "2-tokenizer.sbatch", "3-tokenise.sbatch", "4-join.sbatch", "5-publish.sbatch"
@@ -106,6 +111,42 @@ def test_a_finished_build_gets_no_job(tmp_path: Path) -> None:
         lines.write('{"text": "one more"}\n')
     with pytest.raises(ConfigError, match=r"holds another build: inputs.corpora.one.*one.jsonl"):
         render_build(config, file, out, workers=None)
+
+
+def test_stages_in_another_order_are_refused(tmp_path: Path) -> None:
+    """An absent file of removals is never taken for nothing to leave out, neither by a job nor by its task."""
+    _config(tmp_path / "in")
+    config = parse_config(DataBuildConfig, {
+        "tokenizer": {"train": {"vocabulary_size": 300}}, "deduplicate": {"partitions": 1},
+        "corpora": {name: {"path": str(tmp_path / "in" / "one.jsonl")} for name in ("one",)},
+    }, "test")  # fmt: skip
+    out = tmp_path / "data"
+    for stage in ("inputs", "signatures", "duplicates"):
+        work_on_share(config, out, stage, "0/1")
+    with pytest.raises(DataError, match="1 of 1 tasks of the stage removals are not done"):
+        work_on_share(config, out, "tokenizer", "0/1")
+    plan = Plan(config, out)
+    stages = {stage.name: stage for stage in plan.stages(_hashes(plan) or {})}
+    run_stages([stages["tokenizer"]], plan.build.work, InProcess())
+    with pytest.raises(DataError, match="nothing says yet what to leave out"):
+        run_stages([stages["tokenise"]], plan.build.work, InProcess())
+    run_stages([stages["removals"], stages["tokenise"]], plan.build.work, InProcess())
+
+
+def test_a_job_believes_no_piece_of_what_was_mended(tmp_path: Path) -> None:
+    """The second file is needed now that the first is shorter, whoever comes first."""
+    _config(tmp_path / "in")
+    values = {
+        "tokenizer": {"train": {"vocabulary_size": 300}},
+        "corpora": {"in": {"path": str(tmp_path / "in" / "*.jsonl"), "tokens": 200}},
+    }
+    config, out = parse_config(DataBuildConfig, values, "test"), tmp_path / "data"
+    for stage in ("inputs", "tokenizer", "tokenise"):
+        work_on_share(config, out, stage, "0/1")
+    (tmp_path / "in" / "one.jsonl").write_text(json.dumps({"text": "one and no more"}) + "\n")
+    for stage, share in (("inputs", "0/1"), ("tokenizer", "0/1"), ("tokenise", "1/2")):
+        work_on_share(config, out, stage, share)
+    assert build_data(config, out)["sources"]["in"]["accounts"]["read"] > 1
 
 
 @pytest.mark.parametrize(("stage", "share"), [("tokenize", "0/2"), ("inputs", "2/2"), ("inputs", "x")])

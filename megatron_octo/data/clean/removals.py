@@ -59,14 +59,13 @@ def write_removals(work: Path, shard: Any, removals: Iterable[Removal]) -> Path:
 
 
 def read_removals(work: Path, shard: Any) -> dict[int, Removal]:
-    """What to leave out of a shard, by place; nothing where nothing is cleaned.
+    """What to leave out of a shard, by place; where nothing is, there is a file that says so.
 
     Args:
         work: work directory of the build.
         shard: as its reader gets it.
     """
-    path = removals_path(work, shard)
-    return {removal.place: removal for removal in load_removals(path)} if path.exists() else {}
+    return {removal.place: removal for removal in load_removals(removals_path(work, shard))}
 
 
 def save_removals(path: Path, removals: Iterable[Removal]) -> None:

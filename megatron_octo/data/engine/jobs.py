@@ -70,7 +70,7 @@ def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) ->
 
     Raises:
         ConfigError: there is no such stage or share.
-        DataError: the input files are not hashed yet.
+        DataError: the stage before it is not finished.
         OctoError: as a task raised it.
     """
     number, total = _share(share)
@@ -87,6 +87,13 @@ def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) ->
     if found is None:
         names = ", ".join(one.name for one in stages)
         raise ConfigError(f"--stage {stage}", f"the stages of this build are {names}", "name one of them")
+    for before in stages[: stages.index(found)][-1:]:  # which has looked at the one before it
+        if left := _left(plan, before):
+            raise DataError(
+                f"{out}: {left} of {len(before.tasks)} tasks of the stage {before.name} are not done",
+                f"{stage} reads what they leave",
+                "run the jobs in order, each stage when the one before it is finished",
+            )
     use_one_thread()
     run_calls(found, calls_of(found, plan.build.work)[number::total], plan.build.work, InProcess())
 

@@ -30,7 +30,8 @@ _SUBMIT = """\
 set -euo pipefail
 id=
 submit() {{
-  id=$(sbatch --parsable ${{id:+--dependency=afterok:$id --kill-on-invalid-dep=yes}} "${{@:2}}" "$1")
+  # behind the options given: of two dependencies sbatch takes the last, and a stage never starts before another ends
+  id=$(sbatch --parsable "${{@:2}}" ${{id:+--dependency=afterok:$id --kill-on-invalid-dep=yes}} "$1")
   id=${{id%%;*}}
   echo "$id $1"
 }}

@@ -142,10 +142,10 @@ class Plan:
     def _file(self, shard: Shard) -> InputFile | None:
         return self.files[f"corpora.{shard.corpus}"][shard.name] if shard.path else None
 
-    def _removals(self, cleaning: list[Stage]) -> dict[Shard, str]:
-        """The keys of the tasks that say what to leave out, by shard."""
+    def _removals(self, cleaning: list[Stage]) -> dict[Shard, tuple[int, str]]:
+        """Numbers and keys of the tasks that say what to leave out, by shard."""
         calls = [call for stage in cleaning if stage.name == REMOVALS for call in calls_of(stage, self.build.work)]
-        return {call.task.task.shard: call.key for call in calls}
+        return {call.task.task.shard: (call.number, call.key) for call in calls}
 
     def _joined(self, pieces: Stage, join: Stage) -> frozenset[int]:
         """Numbers of pieces that are not needed any more, for their corpus is there."""
@@ -164,11 +164,14 @@ class Plan:
     def _work(self, function: Callable[[Build, Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         return partial(function, self.build)
 
-    def _pieces(self, found: dict[str, Version], made_from: dict[str, Any], removals: dict[Shard, str]) -> Stage:
+    def _pieces(
+        self, found: dict[str, Version], made_from: dict[str, Any], removals: dict[Shard, tuple[int, str]]
+    ) -> Stage:
         tasks: list[Piece] = []
         for name, shards in self.shards.items():
             limited = self.build.config.budgets[name] is not None
-            after = hash_json(self._versions(found, [f"corpora.{name}"])) if limited else None
+            whole = [made_from, self._versions(found, [f"corpora.{name}"]), [removals.get(shard) for shard in shards]]
+            after = hash_json(whole) if limited else None
             first = len(tasks)
             tasks += [self._piece(shard, found, first, after, removals.get(shard)) for shard in shards]
         parts = Counter(task.shard.path for task in tasks)
@@ -176,7 +179,12 @@ class Plan:
         return Stage(TOKENISE, tasks, self._work(tokenise), made_from, amounts, "tokens")
 
     def _piece(
-        self, shard: Shard, found: dict[str, Version], first: int, after: str | None, removals: str | None
+        self,
+        shard: Shard,
+        found: dict[str, Version],
+        first: int,
+        after: str | None,
+        removals: tuple[int, str] | None,
     ) -> Piece:
         return Piece(shard, self._file(shard), found.get(shard.path), first, after, removals)
 

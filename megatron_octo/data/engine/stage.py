@@ -75,11 +75,7 @@ class Call:
 
     def done(self, work: Path) -> dict[str, Any] | None:
         """The facts of an earlier run, where they still hold."""
-        record = read_json(self.record)
-        if not isinstance(record, dict) or record.get("made_from") != self.key:
-            return None
-        facts = record["facts"]
-        return facts if all(_size(work / name) == size for name, size in facts.get(FILES, {}).items()) else None
+        return facts_of(work, self.stage, self.number, self.key)
 
 
 class Executor(Protocol):
@@ -122,11 +118,25 @@ def run_stages(stages: Sequence[Stage], work: Path, executor: Executor) -> dict[
 
 def calls_of(stage: Stage, work: Path) -> list[Call]:
     """The tasks of a stage, ready to be handed out."""
-    folder = work / RECORDS / stage.name
+    name, sweep = stage.name, stage.sweep
     return [
-        Call(stage.name, number, stage.work, task, _key(stage, task), folder / f"{number:05}.json", stage.sweep)
+        Call(name, number, stage.work, task, _key(stage, task), record_path(work, name, number), sweep)
         for number, task in enumerate(stage.tasks)
     ]
+
+
+def facts_of(work: Path, stage: str, number: int, key: str) -> dict[str, Any] | None:
+    """The facts of a task that is done; None where its record is of another key, or its files are gone."""
+    record = read_json(record_path(work, stage, number))
+    if not isinstance(record, dict) or record.get("made_from") != key:
+        return None
+    facts = record["facts"]
+    return facts if all(_size(work / name) == size for name, size in facts.get(FILES, {}).items()) else None
+
+
+def record_path(work: Path, stage: str, number: int) -> Path:
+    """Where a task leaves its record."""
+    return work / RECORDS / stage / f"{number:05}.json"
 
 
 def run_calls(stage: Stage, calls: Sequence[Call], work: Path, executor: Executor) -> list[dict[str, Any]]:

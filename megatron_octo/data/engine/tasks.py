@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
-from megatron_octo.data.clean.removals import LEAK, read_removals
+from megatron_octo.data.clean.removals import LEAK, Removal, read_removals
+from megatron_octo.data.clean.stages import REMOVALS
 from megatron_octo.data.corpora.read import Accounts, ShardReader
 from megatron_octo.data.corpora.shard import Shard, list_shards
 from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
-from megatron_octo.data.engine.stage import FILES, RECORDS
+from megatron_octo.data.engine.stage import FILES, facts_of, record_path
 from megatron_octo.data.index.digest import SENTENCE_PIECE, tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
@@ -59,8 +61,9 @@ class Piece:
         file: the shard's file as the build found it; None for generated text.
         version: of the file.
         first: number of the task of the corpus's first shard, to find what its earlier shards gave.
-        after: hash over the whole corpus where the token budget may make this shard needless; else None.
-        removals: key of the task that says what to leave out; None where nothing is cleaned.
+        after: hash over all that the corpus's pieces follow from where the token budget may make this shard needless;
+            else None. Pieces believe each other's records only where it is the same.
+        removals: number and key of the task that says what to leave out; None where nothing is cleaned.
     """
 
     shard: Shard
@@ -68,7 +71,7 @@ class Piece:
     version: Version | None
     first: int
     after: str | None
-    removals: str | None
+    removals: tuple[int, str] | None
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,7 @@ def make_tokenizer(build: Build, corpora: list[str]) -> dict[str, Any]:
         Its hash, vocabulary, end-of-text token and files.
     """
     config, directory = build.config, build.result / "tokenizer"
-    temporary = directory.with_name(".tokenizer.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
+    temporary = directory.with_name(f".tokenizer.{uuid.uuid4().hex[:12]}.partial")
     temporary.mkdir(parents=True)
     try:
         if config.tokenizer.path is not None:
@@ -140,11 +142,11 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
     """Write the pair of one shard, unless earlier shards reach the token budget of its corpus without it."""
     budget = build.config.budgets[piece.shard.corpus]
     if budget is not None and _tokens_before(build, piece, budget) >= budget:
-        return {"needed": False}
+        return {"needed": False, "after": piece.after}
     config, shard = build.config, piece.shard
     prefix = _piece_prefix(build, shard.corpus, shard.number)
     reader, skipped, removed = ShardReader(config, shard), {}, {}
-    documents = without(reader, read_removals(build.work, shard) if piece.removals else {}, removed)
+    documents = without(reader, _removals(build, piece), removed)
     facts = write_piece(documents, prefix, load_encoder(build.result / "tokenizer", config.index), skipped, budget)
     if piece.file is not None:
         refuse_change(piece.file)
@@ -153,7 +155,21 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
     for reason, count in removed.items():
         reader.accounts.remove(reason, count)
     _check_account(prefix, reader.accounts, facts["documents"])
-    return {**facts, "accounts": reader.accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
+    facts |= {"after": piece.after, "accounts": reader.accounts.as_json()}
+    return {**facts, FILES: _sizes(build, pair_files(prefix))}
+
+
+def _removals(build: Build, piece: Piece) -> dict[int, Removal]:
+    """What to leave out of a shard, which the task that finds it must have said."""
+    if piece.removals is None:
+        return {}
+    if facts_of(build.work, REMOVALS, *piece.removals) is None:
+        raise DataError(
+            f"{piece.shard.path}: nothing says yet what to leave out of it",
+            f"the stage {REMOVALS} does, and goes before {TOKENISE}",
+            "run the stages in order, each when the one before it is finished",
+        )
+    return read_removals(build.work, piece.shard)
 
 
 def _check_account(prefix: Path, accounts: Accounts, documents: int) -> None:
@@ -171,8 +187,8 @@ def _tokens_before(build: Build, piece: Piece, budget: int) -> int:
     """Tokens of the corpus's shards before this one, as far as they are known without a gap."""
     tokens = 0
     for number in range(piece.first, piece.first + piece.shard.number):
-        record = read_json(build.work / RECORDS / TOKENISE / f"{number:05}.json")
-        if record is None or tokens >= budget:
+        record = read_json(record_path(build.work, TOKENISE, number))
+        if record is None or record["facts"].get("after") != piece.after or tokens >= budget:
             break
         tokens += record["facts"].get("tokens", 0)
     return tokens
@@ -187,7 +203,7 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
     budget, needed, tokens = build.config.budgets[corpus.name], [], 0
     for number in range(*corpus.pieces):
         if budget is None or tokens < budget:  # another worker may have made more than these
-            needed.append(read_json(build.work / RECORDS / TOKENISE / f"{number:05}.json")["facts"])
+            needed.append(read_json(record_path(build.work, TOKENISE, number))["facts"])
             tokens += needed[-1]["tokens"]
     accounts = sum((Accounts(**found["accounts"]) for found in needed), Accounts())
     if accounts.read and not accounts.documents:
