@@ -14,6 +14,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _A_FILE = {errno.ENOTDIR, errno.EEXIST}
 _NO_PLACE = {errno.ENAMETOOLONG}
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 class OctoError(Exception):
@@ -95,6 +96,12 @@ def machine_problem(error: Exception) -> EnvironmentProblem | None:
         return EnvironmentProblem(f"{place}a file stands where a directory is needed", fix="name another place")
     if number == errno.EISDIR:
         return EnvironmentProblem(f"{place}is a directory, and a file is needed", fix="name another place")
+    if number in _TOO_MANY:
+        return EnvironmentProblem(
+            f"{place}{os.strerror(number).lower()}",
+            "near duplicates are searched in a file of every shard at once",
+            "raise the limit with `ulimit -n 65536`, or have fewer, larger files",
+        )
     if number in _NO_PLACE:
         reason = os.strerror(number).lower()
         return EnvironmentProblem(f"{place[:200]}{reason}", fix="give it a shorter name")

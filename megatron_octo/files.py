@@ -92,11 +92,11 @@ def flush_to_disk(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one step; a reader or a crash sees the old content or the new, never a part.
 
-    When this returns the file survives a power cut. Its directory is made if missing. One process at a time may write
-    a file: the next attempt overwrites what a killed one left.
+    When this returns the file survives a power cut. Its directory is made if missing. Several processes may write the
+    same file, each through a name of its own; what a killed one leaves is a file named `.<name>.<any>.tmp`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

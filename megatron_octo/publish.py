@@ -246,7 +246,8 @@ def _claim(workspace: Path, target: Location) -> IO[str]:
             raise ConfigError(
                 f"{target}: process {error.strerror} is making it", "one process makes a directory", "wait for it"
             ) from None
-    ours = {LOCK, f".{_JOURNAL}.tmp"} | ({_JOURNAL, _FILES} if _journal(workspace) else set())
+    ours = {LOCK, *(path.name for path in workspace.glob(f".{_JOURNAL}.*.tmp"))}
+    ours |= {_JOURNAL, _FILES} if _journal(workspace) else set()
     if others := {path.name for path in workspace.iterdir()} - ours:
         with lock:
             (workspace / LOCK).unlink()

@@ -38,6 +38,13 @@ def work(task: Task) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if task.does == "exit":
         os._exit(3)
+    if task.does == "linger":
+        write_text(task.out / "pid", str(os.getpid()))
+        time.sleep(60)
+    if task.does == "wait and refuse":
+        while not (task.out / "pid").exists():
+            time.sleep(0.1)
+        raise DataError("that shard, line 8: broken")
     if task.does == "sleep":
         time.sleep(60)
     name = f"piece-{task.number}"

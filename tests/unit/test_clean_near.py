@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_octo.config.clean import NearDuplicates
 from megatron_octo.data.clean.near import Signatures, cluster, datatrove_config
 from megatron_octo.data.clean.words import Batch, ngrams, words_of
 from megatron_octo.data.engine.executors import Workers
+from megatron_octo.errors import machine_problem
 
 NEAR = {"deduplicate": {"near": {}}}
 WORDS = ("river", "stone", "lantern", "market", "winter", "harbour", "copper", "garden", "silver", "window", "bridge")
@@ -119,3 +122,32 @@ def test_cluster_of_a_long_chain(tmp_path: Path) -> None:
     assert len(pairs) == 502
     assert {tuple(pair)[2:] for pair in pairs.tolist() if pair[0] == 0} == {(0, 0)}
     assert [tuple(pair) for pair in pairs.tolist() if pair[0]] == [(2, 7, 1, 9), (3, 0, 1, 9)]
+
+
+def test_signatures_written_twice_at_once_are_whole(tmp_path: Path) -> None:
+    """One task may be done by two workers: what ends first stays, whenever the other one dies."""
+    settings, texts = NearDuplicates(buckets=2), [f"a text of several words, number {number}" for number in range(50)]
+    first = Signatures(tmp_path, 0, settings)
+    first.add(Batch(texts), list(range(50)), list(range(50)))
+    other = Signatures(tmp_path, 0, settings)
+    first.finish()
+    whole = [path.read_bytes() for path in first.paths]
+    other.add(Batch(texts[:1]), [0], [0])
+    other.close()
+    alone = Signatures(tmp_path / "alone", 0, settings)
+    alone.add(Batch(texts), list(range(50)), list(range(50)))
+    alone.finish()
+    assert whole == [path.read_bytes() for path in first.paths] == [path.read_bytes() for path in alone.paths]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_too_many_open_files_is_one_line(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Signatures(tmp_path, 0, NearDuplicates()).close()  # what it imports is imported
+    resource.setrlimit(resource.RLIMIT_NOFILE, (12, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            Signatures(tmp_path, 1, NearDuplicates(buckets=14))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert re.search("too many open files.*ulimit -n", str(machine_problem(caught.value)))

@@ -146,6 +146,14 @@ def _computes(process: str) -> bool:
         return False
 
 
+def _lives(pid: Path) -> bool:
+    try:
+        state = Path(f"/proc/{pid.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +169,9 @@ def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(StageFailed, match="a data worker was lost at task 1 of 'squares'"):
             run_stages([_stage(tmp_path, "exit", made_from=4)], tmp_path, ray)
         assert _done(tmp_path) == [0, 0, 0]
+        with pytest.raises(DataError, match="line 8"):
+            run_stages([_stage(tmp_path, "linger", "wait and refuse", made_from=5)], tmp_path, ray)
+        assert not _lives(tmp_path / "pid"), "a cancelled task has ended when the error is told"
 
 
 def test_nobody_to_do_the_work() -> None:

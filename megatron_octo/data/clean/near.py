@@ -8,8 +8,10 @@ whichever gathered most others.
 from __future__ import annotations
 
 import contextlib
+import shutil
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -40,7 +42,12 @@ class Signatures:
         self._functions = list(zip(multiply[0], add[0], strict=True))
         for path in self.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._files = [path.with_suffix(".partial").open("w+b") for path in self.paths]
+        # names of their own, for the task may be done twice at once; and beside the folders that datatrove lists
+        own = uuid.uuid4().hex[:12]
+        self._temporary = [folder / f".{bucket:03d}.{number:05d}.{own}.partial" for bucket in range(settings.buckets)]
+        self._files: list[IO[bytes]] = []
+        for path in self._temporary:
+            self._files.append(path.open("w+b"))
 
     def add(self, batch: Batch, numbers: list[int], places: list[int]) -> None:
         """Note documents of a batch; one with fewer words than an n-gram is left alone.
@@ -66,19 +73,20 @@ class Signatures:
 
     def finish(self) -> None:
         """Sort what was noted, one bucket at a time, and give the files their names."""
-        for file, path in zip(self._files, self.paths, strict=True):
+        for file, temporary, path in zip(self._files, self._temporary, self.paths, strict=True):
             file.seek(0)
             records = np.frombuffer(file.read(), self._record)
             columns = [records["place"], *records["hashes"].T[::-1]]
             file.seek(0)
             file.write(records[np.lexsort(columns)].tobytes())
             file.close()
-            path.with_suffix(".partial").replace(path)
+            temporary.replace(path)
 
     def close(self) -> None:
         """Let go of files that were not finished."""
-        for file in self._files:
+        for file, temporary in zip(self._files, self._temporary, strict=False):
             file.close()
+            temporary.unlink(missing_ok=True)
 
 
 def _signature_path(folder: Path, bucket: int, number: int) -> Path:
@@ -128,11 +136,16 @@ def find_candidates(folder: Path, out: Path, bucket: int, shards: int, settings:
     for path in (folder / f"bucket_{bucket:03d}").glob("*"):
         if path not in known:
             path.unlink()
-    with _quiet(logger):
-        MinhashDedupBuckets(str(folder), str(out), config=datatrove_config(settings)).run(
-            None, bucket, settings.buckets
-        )
-    return candidates_path(out, bucket)
+    own, found = out / f".{bucket:05d}.{uuid.uuid4().hex[:12]}", candidates_path(out, bucket)
+    try:
+        with _quiet(logger):
+            MinhashDedupBuckets(str(folder), str(own), config=datatrove_config(settings)).run(
+                None, bucket, settings.buckets
+            )
+        candidates_path(own, bucket).replace(found)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return found
 
 
 def candidates_path(out: Path, bucket: int) -> Path:

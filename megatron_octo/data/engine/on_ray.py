@@ -14,6 +14,7 @@ from megatron_octo.data.engine.stage import Advance, Call
 from megatron_octo.errors import EnvironmentProblem
 
 _TRIES_MORE = 2
+_GRACE = 30.0  # seconds for cancelled tasks to end
 
 
 class OnRay:
@@ -65,6 +66,8 @@ class OnRay:
         except BaseException:
             for reference in running:
                 ray.cancel(reference, force=True)
+            if running:  # what is still written would meet what the next start writes
+                ray.wait(list(running), num_returns=len(running), timeout=_GRACE)
             raise
 
     def _connect(self) -> Any:
