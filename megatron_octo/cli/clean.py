@@ -149,8 +149,8 @@ def _clean(values: dict[str, Any], out: Path, workers: int | None, as_json: bool
         left = ", ".join(f"{count} {reason}" for reason, count in {**account["skipped"], **account["removed"]}.items())
         typer.echo(f"{name}: {account['documents']} of {account['read']} records kept; left out: {left or 'none'}")
     recall = manifest["cleaning"]["recall"]
-    if recall is not None:
-        typer.echo("\n".join(table_lines(recall) if show_recall else absent_line(recall)))
+    for line in table_lines(recall) if recall and show_recall else absent_line(manifest["cleaning"]):
+        typer.echo(line)
 
 
 def _measure(settings: Decontaminate, seed: int, sample: int | None, out: Path | None, as_json: bool) -> None:

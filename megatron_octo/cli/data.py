@@ -71,10 +71,14 @@ def build(
         else:
             typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
         return
+    from megatron_octo.data.clean.measure import absent_line
     from megatron_octo.data.engine.build import build_data
 
-    for name, facts in build_data(config, out, workers, executor)["sources"].items():
+    manifest = build_data(config, out, workers, executor)
+    for name, facts in manifest["sources"].items():
         typer.echo(_built(name, facts, out / name))
+    for line in absent_line(manifest.get("cleaning") or {}):
+        typer.echo(line)
 
 
 def _built(name: str, facts: dict[str, Any], prefix: Path) -> str:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 from clean_tools import config_of, questions, write_benchmark
+from typer.testing import CliRunner
 
+from megatron_octo.cli.root import app
+from megatron_octo.config.load import dump_config
 from megatron_octo.data.clean import stages
 from megatron_octo.data.engine import build
 from megatron_octo.data.engine.manifest import verify_data
@@ -117,3 +120,16 @@ def test_a_kept_copy_beyond_a_budget_is_told(tmp_path: Path, capfd: pytest.Captu
     assert manifest["sources"]["a"]["documents"] < 9 and manifest["sources"]["b"]["documents"] == 1
     assert manifest["cleaning"]["kept_beyond_budget"] == {"b": 3}
     assert "note: b: 3 documents are left out as duplicates of documents that lie beyond" in capfd.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_build_prints_what_it_did_not_compare(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", ["one text", "another text"])
+    gone = {"path": str(tmp_path / "gone.jsonl"), "absent": "ok"}
+    config = config_of(
+        corpora={"a": {"path": str(tmp_path / "a.jsonl")}}, decontaminate={"against": {"gsm8k": gone}, "measure": 0}
+    )
+    dump_config(config, tmp_path / "mix.yaml")
+    done = CliRunner().invoke(app, ["data", "build", str(tmp_path / "mix.yaml"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and done.output.splitlines()[-1].endswith("for their files are absent: gsm8k")
+    assert verify_data(tmp_path / "out")["cleaning"]["benchmarks"] == {"gsm8k": None}

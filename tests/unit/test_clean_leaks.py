@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clean_tools import clean, config_of, questions, write_benchmark
+from clean_tools import clean, config_of, questions, read_held, shards_of, write_benchmark
 
 from megatron_octo.config.clean import Decontaminate
 from megatron_octo.config.load import parse_config
 from megatron_octo.data.clean.index import LeakIndex
 from megatron_octo.data.clean.leaks import LEAKS, plant
-from megatron_octo.data.clean.measure import measure, table_lines
+from megatron_octo.data.clean.measure import absent_line, measure, table_lines
 from megatron_octo.data.clean.questions import KNOWN, Question, all_questions, read_questions
 from megatron_octo.data.clean.removals import read_removals
-from megatron_octo.data.clean.stages import clean_stages
+from megatron_octo.data.clean.stages import clean_facts, clean_stages
 from megatron_octo.data.clean.words import words_of
 from megatron_octo.data.corpora.read import ShardReader
 from megatron_octo.data.corpora.shard import list_shards
 from megatron_octo.data.engine.executors import InProcess
+from megatron_octo.data.engine.inputs import look_at, versions
 from megatron_octo.data.engine.stage import run_stages
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.evaluate.problems import BENCHMARKS
+from megatron_octo.files import hash_file
 
 LONG = (
     "Mira has 12 apples and finds 7 more of them on the way to the market. Every week she brings 3 boxes with 25 "
@@ -219,3 +221,36 @@ def test_real_gsm8k_train_against_four_benchmarks(tmp_path: Path) -> None:
     recall = facts["recall"][0]
     assert all(recall["recall"][kind] == 1.0 for kind in ("verbatim", "rewrapped", "embedded", "markdown", "latex"))
     assert recall["precision"] >= 0.99
+
+
+def test_an_absent_benchmark_stands_in_the_facts(tmp_path: Path) -> None:
+    """Also where nothing is measured: no leaks found and nothing looked for are two things."""
+    against = {"made": write_benchmark(tmp_path / "made.jsonl", questions(3)),
+               "gone": {"path": str(tmp_path / "gone.jsonl"), "like": "gsm8k", "absent": "ok"}}  # fmt: skip
+    config, shards = config_of(decontaminate={"against": against, "measure": 0}), shards_of({"a": [["text"]]})
+    facts = run_stages(clean_stages(config, shards, tmp_path, {}, read_held), tmp_path, InProcess())
+    found = clean_facts(facts, shards)
+    assert found is not None and found["benchmarks"] == {"made": 3, "gone": None}
+    assert absent_line(found) == ["not compared, for their files are absent: gone"]
+
+
+def test_tasks_compare_with_the_files_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node without the variable finds the file, and one whose file is another, or missing, or there, says so."""
+    path = tmp_path / "made.jsonl"
+    entry = {**write_benchmark(path, questions(3)), "path": "${MADE_FOR_TEST}/made.jsonl", "absent": "ok"}
+    gone = {"path": "${MADE_FOR_TEST}/gone.jsonl", "like": "gsm8k", "absent": "ok"}
+    monkeypatch.setenv("MADE_FOR_TEST", str(tmp_path))
+    config = config_of(decontaminate={"against": {"made": entry, "gone": gone}, "measure": 0})
+    shards = shards_of({"a": [[questions(3)[0]]]})
+    known = versions([look_at(str(path))], {str(path): hash_file(path)})
+    stages = clean_stages(config, shards, tmp_path, known, read_held)
+    monkeypatch.delenv("MADE_FOR_TEST")
+    (tmp_path / "gone.jsonl").write_text("not looked at")
+    facts = run_stages(stages, tmp_path, InProcess())
+    assert facts["signatures"][0]["leaks"] == 1 and facts["signatures"][0]["benchmarks"] == {"made": 3, "gone": None}
+    write_benchmark(path, questions(4, seed=8))
+    with pytest.raises(DataError, match="is another file here"):
+        run_stages(stages, tmp_path / "other", InProcess())
+    path.unlink()
+    with pytest.raises(DataError, match="is not there"):
+        run_stages(stages, tmp_path / "third", InProcess())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.clean import Decontaminate
@@ -12,35 +13,53 @@ from megatron_octo.data.clean.index import LeakIndex
 from megatron_octo.data.clean.leaks import LEAKS, plant
 from megatron_octo.data.clean.questions import Question, all_questions, benchmark_file
 from megatron_octo.data.clean.words import Batch
+from megatron_octo.errors import DataError
+from megatron_octo.files import hash_file
 
 _TOGETHER = 500
 _MISSES = 3  # examples of each kind that go the wrong way
 
 
 @lru_cache(maxsize=2)
-def _index(settings: str, files: tuple[tuple[str, int, int], ...]) -> LeakIndex:
+def _index(settings: str, files: tuple[tuple[str, int, int], ...], hashes: tuple[tuple[str, str], ...]) -> LeakIndex:
     config = Decontaminate.model_validate_json(settings)
+    for path, sha256 in hashes:
+        if hash_file(Path(path)) != sha256:
+            raise DataError(
+                f"{path} is another file here than where the build was started, or changed since",
+                "all machines compare with the same questions, those that the manifest names",
+                "copy it to every node, or start again when it is complete",
+            )
     return LeakIndex(all_questions(config)[0], config)
 
 
-def index_of(config: Decontaminate) -> LeakIndex:
+def index_of(config: Decontaminate, hashes: tuple[tuple[str, str], ...] = ()) -> LeakIndex:
     """The index of all questions of the benchmarks; made once a process, as long as their files stay as they are.
+
+    Args:
+        config: benchmarks, and what counts as giving a question away.
+        hashes: path and SHA-256 of files that must be these.
 
     Raises:
         DataError, ConfigError: as `questions.read_questions`.
     """
     paths = [benchmark_file(name, benchmark) for name, benchmark in config.against.items()]
     states = [(str(path), path.stat()) for path in paths if path]
-    return _index(config.model_dump_json(), tuple((name, found.st_size, found.st_mtime_ns) for name, found in states))
+    return _index(
+        config.model_dump_json(), tuple((name, found.st_size, found.st_mtime_ns) for name, found in states), hashes
+    )
 
 
-def measure(config: Decontaminate, seed: int, sample: int | None = None) -> dict[str, Any]:
+def measure(
+    config: Decontaminate, seed: int, sample: int | None = None, hashes: tuple[tuple[str, str], ...] = ()
+) -> dict[str, Any]:
     """Plant leaks and near-misses, and count which are found.
 
     Args:
         config: benchmarks, and what counts as giving a question away.
         seed: of what is planted.
         sample: questions of each benchmark; all by default.
+        hashes: as for `index_of`.
 
     Returns:
         `leaks`: kind -> benchmark -> planted and found; `near_misses`: the same with flagged; `recall` of each kind,
@@ -51,7 +70,7 @@ def measure(config: Decontaminate, seed: int, sample: int | None = None) -> dict
         DataError, ConfigError: as `questions.read_questions`.
     """
     questions, counts = all_questions(config)
-    index = index_of(config)
+    index = index_of(config, hashes)
     chosen = _sample(questions, seed, sample)
     seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     wrong: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -130,6 +149,10 @@ def table_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def absent_line(facts: dict[str, Any]) -> list[str]:
-    """A line that names the benchmarks whose files are absent; none where all are there."""
-    absent = [name for name, count in facts["benchmarks"].items() if count is None]
+    """A line that names the benchmarks whose files are absent; none where all are there.
+
+    Args:
+        facts: `benchmarks`: questions by name, None where there is no file.
+    """
+    absent = [name for name, count in (facts.get("benchmarks") or {}).items() if count is None]
     return [f"not compared, for their files are absent: {', '.join(absent)}"] if absent else []

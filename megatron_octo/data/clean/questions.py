@@ -71,6 +71,23 @@ def benchmark_file(name: str, benchmark: Benchmark) -> Path | None:
     )
 
 
+def located(config: Decontaminate) -> Decontaminate:
+    """The same settings with the files as this machine finds them, for tasks that other machines do.
+
+    A path is absolute and without variables, and its file must be there; one that is absent here has no path, and is
+    absent everywhere.
+
+    Raises:
+        DataError, ConfigError: as `benchmark_file`.
+    """
+    found = {name: (benchmark_file(name, one), one) for name, one in config.against.items()}
+    against = {
+        name: one.model_copy(update={"path": str(path.absolute()), "absent": "error"} if path else {"path": ""})
+        for name, (path, one) in found.items()
+    }
+    return config.model_copy(update={"against": against})
+
+
 def read_questions(name: str, benchmark: Benchmark) -> list[Question] | None:
     """The questions of one benchmark.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
-from megatron_octo.data.clean.questions import benchmark_file
+from megatron_octo.data.clean.questions import benchmark_file, located
 from megatron_octo.data.clean.tasks import (
     EXAMPLES,
     Bucket,
@@ -65,8 +65,12 @@ def clean_stages(
         return []
     found = [shard for name in shards for shard in shards[name] if shard.path]
     parts = [Part(number, shard, versions.get(shard.path)) for number, shard in enumerate(found)]
-    cleaning = Cleaning(config, work, read or partial(open_shard, config))
     paths = {name: benchmark_file(name, one) for name, one in (leaks.against if leaks else {}).items()}
+    hashes = tuple(
+        (str(path.absolute()), versions[str(path)].sha256) for path in paths.values() if str(path) in versions
+    )
+    here = config.model_copy(update={"decontaminate": located(leaks)}) if leaks else config
+    cleaning = Cleaning(here, work, read or partial(open_shard, config), hashes)
     benchmarks = {name: versions.get(str(path)) for name, path in paths.items()}
     settings = config.model_dump(mode="json", exclude={"tokenizer", "index"})
     own = {"format": FORMAT, "settings": settings, "benchmarks": benchmarks, "heldout": _heldout(config, versions)}
@@ -96,7 +100,8 @@ def clean_facts(facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[A
     Returns:
         `corpora`: corpus -> documents, `removed` by reason and `leaks` by benchmark, over all its shards, also those
         that a token budget makes needless; `examples` of removals, at most three of each reason; `touched`, documents
-        that agree with a question but not enough to be a leak, and examples of these; `recall`, where it was measured.
+        that agree with a question but not enough to be a leak, and examples of these; `benchmarks`, their questions,
+        None where the file is absent; `recall`, where it was measured.
         None where nothing was cleaned.
     """
     if REMOVALS not in facts:
@@ -119,6 +124,7 @@ def clean_facts(facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[A
         "examples": {reason: several[:EXAMPLES] for reason, several in examples.items()},
         "touched": sum(seen.get("touched", 0) for seen in facts[SIGNATURES]),
         "touched_examples": touched[:EXAMPLES],
+        "benchmarks": next((seen.get("benchmarks") for seen in facts[SIGNATURES]), None),
         "recall": facts[RECALL][0] if RECALL in facts else None,
     }
 

@@ -46,11 +46,13 @@ class Cleaning:
         config: the build.
         work: its work directory.
         read: opens a shard: yields its documents, with `text` and `id`.
+        hashes: path and SHA-256 of the benchmarks' files.
     """
 
     config: DataBuildConfig
     work: Path
     read: Callable[[Any], Iterable[Any]]
+    hashes: tuple[tuple[str, str], ...] = ()
 
     @property
     def partitions(self) -> int:
@@ -98,7 +100,7 @@ def measure_recall(cleaning: Cleaning, seed: int) -> dict[str, Any]:
     """Plant leaks and count which are found, see `measure.measure`."""
     leaks = cleaning.config.decontaminate
     assert leaks is not None
-    return measure(leaks, seed, leaks.measure)
+    return measure(leaks, seed, leaks.measure, cleaning.hashes)
 
 
 def look(cleaning: Cleaning, part: Part) -> dict[str, Any]:
@@ -135,7 +137,8 @@ class _Looking:
         config = cleaning.config
         same = config.deduplicate
         self._cleaning, self._number = cleaning, number
-        self._index: LeakIndex | None = index_of(config.decontaminate) if config.decontaminate else None
+        leaks = config.decontaminate
+        self._index: LeakIndex | None = index_of(leaks, cleaning.hashes) if leaks else None
         self._keys = Keys(cleaning.partitions) if cleaning.partitions else None
         near = same.near if same else None
         self._signatures = Signatures(cleaning.folder("signatures"), number, near) if near else None
@@ -196,6 +199,9 @@ class _Looking:
             left += self._signatures.paths
         facts: dict[str, Any] = {"documents": len(self._names), "characters": self._characters}
         if self._index is not None:
+            asked = Counter(question.id.partition("/")[0] for question in self._index.questions)
+            against = cleaning.config.decontaminate.against if cleaning.config.decontaminate else {}
+            facts["benchmarks"] = {name: asked.get(name) for name in against}
             facts |= {"leaks": len(self._leaks), "touched": self._touched, "touched_examples": self._near}
         return {**facts, FILES: cleaning.files(*left)}
 

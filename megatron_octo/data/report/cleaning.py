@@ -123,7 +123,7 @@ def _leaks_by_benchmark(cleaning: dict[str, Any], colours: dict[str, str]) -> st
     if not cleaning["decontaminate"]:
         return ""
     benchmarks = list(cleaning["decontaminate"]["against"])
-    gone = {name for name, count in ((cleaning["recall"] or {}).get("benchmarks") or {}).items() if count is None}
+    gone = {name for name, count in (cleaning["benchmarks"] or {}).items() if count is None}
     rows = []
     for name, own in cleaning["corpora"].items():
         found = [

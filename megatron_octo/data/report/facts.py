@@ -188,5 +188,6 @@ def _cleaning(out: Path, manifest: dict[str, Any], encoder: Encoder) -> dict[str
         "examples": shown,
         "touched": found.get("touched"),
         "touched_examples": [others.beside(one) for one in found.get("touched_examples", [])],
+        "benchmarks": found.get("benchmarks") or (found.get("recall") or {}).get("benchmarks"),
         "recall": found.get("recall"),
     }
