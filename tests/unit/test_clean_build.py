@@ -133,3 +133,24 @@ def test_build_prints_what_it_did_not_compare(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["data", "build", str(tmp_path / "mix.yaml"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0 and done.output.splitlines()[-1].endswith("for their files are absent: gsm8k")
     assert verify_data(tmp_path / "out")["cleaning"]["benchmarks"] == {"gsm8k": None}
+
+
+def test_two_renderings_of_a_file_have_the_same_items(tmp_path: Path) -> None:
+    asked, path = questions(12, seed=3), tmp_path / "q.jsonl"
+    items = [
+        (text, " ".join(f"{name * step}" for step in range(1, 90))) for text, name in zip(asked, "abcde", strict=False)
+    ]
+    rows = [*items, (items[1][0].upper(), items[1][1]), (asked[11], "It is 7.")]
+    path.write_text("".join(json.dumps({"question": one, "answer": other}) + "\n" for one, other in rows))
+    read = {"path": str(path), "adapter": "qa"}
+    settings = {
+        "deduplicate": {"near": {"buckets": 14}, "partitions": 3},
+        "decontaminate": {"against": {"made": write_benchmark(tmp_path / "made.jsonl", asked[11:])}, "measure": 0},
+    }
+    corpora = {"qa": {**read, "rendering": "qa"}, "prose": {**read, "rendering": "prose"}}
+    manifest = build.build_data(config_of(corpora=corpora, **settings), tmp_path / "out")
+    for name in corpora:
+        account = manifest["sources"][name]["accounts"]
+        assert (account["documents"], account["removed"]) == (5, {"exact_duplicate": 1, "leak": 1}), name
+    with pytest.raises(DataError, match="both read"):
+        build.build_data(config_of(corpora={**corpora, "as_published": read}, **settings), tmp_path / "other")

@@ -22,10 +22,11 @@ from megatron_octo.data.clean.tasks import (
     measure_recall,
     search_bucket,
 )
+from megatron_octo.data.corpora.shard import reading_of, real_path
 from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import Stage
 
-FORMAT = 3
+FORMAT = 4
 """Part of what every stage is made from: raised when the same settings and inputs give another result."""
 
 RECALL, SIGNATURES, DUPLICATES, BUCKETS, CLUSTERS, REMOVALS = (
@@ -43,7 +44,8 @@ def clean_stages(
     """The stages that find duplicates and leaks; none where the build asks for neither.
 
     A document that gives a question away is left out for that alone, and nothing is a duplicate of it. Of documents
-    that are the same the first in the order of corpora, shards and places is kept.
+    that are the same the first in the order of corpora, shards and places is kept. Two renderings of one file are not
+    compared: what is left out of the first is left out of all, so that they have the same items.
 
     Args:
         config: the build. The world's text is not cleaned: it has no shard with a path.
@@ -64,7 +66,8 @@ def clean_stages(
     if same is None and leaks is None:
         return []
     found = [shard for name in shards for shard in shards[name] if shard.path]
-    parts = [Part(number, shard, versions.get(shard.path)) for number, shard in enumerate(found)]
+    alike = _renderings(config, found)
+    parts = [Part(number, shard, versions.get(shard.path), alike[number]) for number, shard in enumerate(found)]
     paths = {name: benchmark_file(name, one) for name, one in (leaks.against if leaks else {}).items()}
     hashes = tuple(
         (str(path.absolute()), versions[str(path)].sha256) for path in paths.values() if str(path) in versions
@@ -88,6 +91,17 @@ def clean_stages(
         tasks = [Bucket(number, len(parts)) for number in range(same.near.buckets)]
         stages += [stage(BUCKETS, tasks, search_bucket, whole), stage(CLUSTERS, [None], join_clusters, whole)]
     return [*stages, stage(REMOVALS, parts, decide, whole if same else own)]
+
+
+def _renderings(config: DataBuildConfig, shards: list[Any]) -> list[tuple[int, ...]]:
+    """For each shard the numbers of all that have its items, in whatever rendering; most have itself alone."""
+    groups: dict[Any, list[int]] = {}
+    for number, shard in enumerate(shards):
+        corpus = config.corpora.get(shard.corpus)
+        items = (reading_of(corpus), real_path(shard.path), getattr(shard, "part", None)) if corpus else number
+        groups.setdefault(items, []).append(number)
+    of = {number: tuple(group) for group in groups.values() for number in group}
+    return [of[number] for number in range(len(shards))]
 
 
 def clean_facts(facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[Any]]) -> dict[str, Any] | None:

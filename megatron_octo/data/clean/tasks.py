@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,14 @@ class Part:
         number: its place among all shards of the build that are cleaned.
         shard: what to read.
         version: of its file.
+        alike: numbers of the shards that have its items in whatever rendering, itself among them; the first of them
+            stands for all where duplicates are looked for.
     """
 
     number: int
     shard: Any
     version: Version | None
+    alike: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def measure_recall(cleaning: Cleaning, seed: int) -> dict[str, Any]:
 
 def look(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     """Read a shard once: find its leaks, and leave what is needed to compare all other documents."""
-    looking = _Looking(cleaning, part.number)
+    looking = _Looking(cleaning, part)
     try:
         documents = cleaning.read(part.shard)
         for some in _together(documents):
@@ -133,8 +136,8 @@ def _together(documents: Iterable[Any]) -> Iterator[list[Any]]:
 class _Looking:
     """What is known of a shard while it is read."""
 
-    def __init__(self, cleaning: Cleaning, number: int) -> None:
-        config = cleaning.config
+    def __init__(self, cleaning: Cleaning, part: Part) -> None:
+        config, number = cleaning.config, part.number
         same = config.deduplicate
         self._cleaning, self._number = cleaning, number
         leaks = config.decontaminate
@@ -142,6 +145,7 @@ class _Looking:
         self._keys = Keys(cleaning.partitions) if cleaning.partitions else None
         near = same.near if same else None
         self._signatures = Signatures(cleaning.folder("signatures"), number, near) if near else None
+        self._compared = part.alike[0] == number
         self._names = Names()
         self._leaks: list[Removal] = []
         self._near: list[dict[str, Any]] = []  # documents that agree with a question, but not enough
@@ -152,7 +156,7 @@ class _Looking:
         first = len(self._names)
         batch = Batch([document.text for document in documents]) if self._index or self._signatures else None
         leaks = self._leaking(documents, batch, first) if batch is not None else set()
-        clean = [number for number in range(len(documents)) if number not in leaks]
+        clean = [number for number in range(len(documents)) if number not in leaks] if self._compared else []
         for document in documents:
             self._names.add(document.id)
             self._characters += len(document.text)
@@ -244,8 +248,10 @@ def _save_pairs(cleaning: Cleaning, path: Path, pairs: np.ndarray) -> dict[str, 
 
 def decide(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     """Write what to leave out of a shard; it is read again only where there are duplicates to show."""
-    leaks = load_removals(cleaning.path("leaks", part.number))
-    kept = _duplicates_of(cleaning, part.number)
+    leaks = _leaks_of(cleaning, part)
+    kept = _duplicates_of(cleaning, part.alike[0])
+    for leak in leaks:
+        kept.pop(leak.place, None)
     removals = [*leaks, *(_shown(cleaning, part, kept) if kept else [])]
     path = write_removals(cleaning.work, part.shard, sorted(removals, key=lambda removal: removal.place))
     examples = [
@@ -259,6 +265,15 @@ def decide(cleaning: Cleaning, part: Part) -> dict[str, Any]:
         "examples": examples,
         FILES: cleaning.files(path),
     }
+
+
+def _leaks_of(cleaning: Cleaning, part: Part) -> list[Removal]:
+    """Leaks of a shard, in whichever of its renderings they were found."""
+    found = {leak.place: leak for leak in load_removals(cleaning.path("leaks", part.number))}
+    others = [load_removals(cleaning.path("leaks", number)) for number in part.alike if number != part.number]
+    more = {leak.place: leak for several in others for leak in several if leak.place not in found}
+    names = read_names(cleaning.path("ids", part.number), np.array(list(more), np.int64)) if more else []
+    return [*found.values(), *(replace(leak, document=name) for leak, name in zip(more.values(), names, strict=True))]
 
 
 def _duplicates_of(cleaning: Cleaning, number: int) -> dict[int, tuple[str, str]]:

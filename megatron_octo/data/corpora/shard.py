@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_octo.config.data import Inputs
+from megatron_octo.config.data import Corpus, Inputs
 from megatron_octo.data.corpora.files import corpus_files
 from megatron_octo.data.corpora.registry import adapter_of
+from megatron_octo.data.corpora.render import gsm8k, prompted
 from megatron_octo.errors import DataError
 
 PART = 256 << 20
@@ -73,16 +74,33 @@ def refuse_shared_files(config: Inputs, shards: dict[str, list[Shard]]) -> None:
     Raises:
         DataError: one is, under whatever name.
     """
-    known: dict[tuple[str, str], str] = {}
+    known: dict[tuple[str, str, str], str] = {}
     for name, own in shards.items():
         if name in config.world.tokens:
             continue
-        way = f"{config.corpora[name].adapter} {sorted(config.corpora[name].fields.items())}"
+        way, form = reading_of(config.corpora[name]), _form(config, name)
         for path in dict.fromkeys(shard.path for shard in own):
-            other = known.setdefault((path if "://" in path else os.path.realpath(path), way), name)
+            other = known.setdefault((real_path(path), way, form), name)
             if other != name:
                 rule = "its documents would count twice"
                 raise DataError(f"corpora.{name} and corpora.{other} both read {path}", rule, "leave it to one of them")
+
+
+def reading_of(corpus: Corpus) -> str:
+    """What a corpus takes of its records; two that agree here have the same items, if in two renderings."""
+    return f"{corpus.adapter} {sorted(corpus.fields.items())}"
+
+
+def real_path(path: str) -> str:
+    """One name for a file: links followed; a URL as it is."""
+    return path if "://" in path else os.path.realpath(path)
+
+
+def _form(config: Inputs, name: str) -> str:
+    """The rendering of a corpus; what some adapters publish is questions as they stand in prompts already."""
+    rendering = config.corpora[name].rendering
+    prompts = adapter_of(config, name).render in (prompted, gsm8k)
+    return "qa" if prompts and rendering == "published" else rendering
 
 
 def _parts(path: str) -> list[tuple[tuple[int, int] | None, int]]:
