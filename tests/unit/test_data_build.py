@@ -17,7 +17,7 @@ from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.pairs import import_indexed_dataset, read_index
 from megatron_octo.data.index.writer import IndexedWriter
-from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import LOCK
 
 BUDGETS = {"web": 3000, "short_cot": 2000, "long_cot": 2000, "instruction": 1000}
@@ -325,3 +325,17 @@ def test_workers_give_the_same_files(tmp_path: Path) -> None:
     manifest = build_data(config, tmp_path / "one")
     assert build_data(config, tmp_path / "two", workers=2) == manifest
     assert _files(tmp_path / "two") == _files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}"])
+def test_a_manifest_of_another_form_is_told_and_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match="manifest.json is not what a build writes there"):
+        build_data(_config(tmp_path), tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").read_text() == content
+
+
+def test_a_place_where_no_directory_can_be_made_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="/proc/data: cannot be made"):
+        build_data(_config(tmp_path), Path("/proc/data"))

@@ -64,6 +64,10 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
     with only_writer(out) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
         curation, finished = Curation(config, out), read_json(out / MANIFEST)
+        if finished is not None and not isinstance(finished, dict):
+            raise DataError(
+                f"{out / MANIFEST} is not what a curation writes there", fix="restore it, or name another --out"
+            )
         inputs = _hash_inputs(curation, files, team)
         if finished is not None:
             _refuse_other(out, finished, {"settings": _settings(config, questions), "inputs": inputs})

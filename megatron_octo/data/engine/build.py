@@ -30,7 +30,7 @@ from megatron_octo.data.engine.manifest import intact_sources, make_manifest, ve
 from megatron_octo.data.engine.plan import BEYOND, JOIN, TOKENIZER, Plan
 from megatron_octo.data.engine.publish import MANIFEST, RESULT, WORK, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
-from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, machine_problem
 from megatron_octo.files import hash_file, hold, read_json, write_json, write_text
 
 _PATIENCE = 3.0  # seconds that workers of a killed build may take to notice
@@ -91,6 +91,7 @@ def only_writer(out: Path) -> IO[str]:
 
     Raises:
         DataError: another process is at it.
+        EnvironmentProblem: the directory cannot be made or written.
     """
     try:
         return hold(out, _PATIENCE)
@@ -99,6 +100,10 @@ def only_writer(out: Path) -> IO[str]:
             f"{out} is being written by another process (process {error.strerror})",
             "two writers would mix their files",
             "wait for it to end",
+        ) from None
+    except OSError as error:
+        raise machine_problem(error) or EnvironmentProblem(
+            f"{out}: cannot be made ({error.strerror})", "the result is written there", "name another --out"
         ) from None
 
 
@@ -112,14 +117,20 @@ def claim(out: Path, config: DataBuildConfig) -> dict[str, Any] | None:
     """
     finished, settings = read_json(out / MANIFEST), config.model_dump(mode="json")
     if finished is not None:
-        refuse_other(out, "settings", finished["settings"], settings)
+        refuse_other(out, "settings", _settings(out / MANIFEST, finished), settings)
         return finished
     claimed = read_json(out / WORK / _CLAIM)
     if claimed is not None:
-        refuse_other(out, "settings", claimed["settings"], settings)
+        refuse_other(out, "settings", _settings(out / WORK / _CLAIM, claimed), settings)
     else:
         write_json(out / WORK / _CLAIM, {"settings": settings})
     return None
+
+
+def _settings(path: Path, found: Any) -> Any:
+    if not isinstance(found, dict) or "settings" not in found:
+        raise DataError(f"{path} is not what a build writes there", fix="restore it, or name another --out")
+    return found["settings"]
 
 
 def refuse_other(out: Path, what: str, old: Any, new: Any) -> None:
