@@ -29,6 +29,7 @@ from megatron_octo.data.clean.removals import (
     write_removals,
 )
 from megatron_octo.data.clean.words import Batch
+from megatron_octo.data.corpora.read import batches
 from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import FILES, advance
 from megatron_octo.files import write_bytes
@@ -111,26 +112,13 @@ def look(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     looking = _Looking(cleaning, part)
     try:
         documents = cleaning.read(part.shard)
-        for some in _together(documents):
+        for some in batches(documents, _TOGETHER):
             looking.at(some)
             advance(len(some))
         accounts = getattr(documents, "accounts", None)
         return {**looking.finish(), **({} if accounts is None else {"accounts": accounts.as_json()})}
     finally:
         looking.close()
-
-
-def _together(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    some: list[Any] = []
-    size = 0
-    for document in documents:
-        some.append(document)
-        size += len(document.text)
-        if size >= _TOGETHER:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
 
 
 class _Looking:

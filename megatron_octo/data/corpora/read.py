@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -198,3 +198,17 @@ def _value(record: dict[str, Any], name: str, item: Field) -> Any:
     if record.get(name) is None:
         raise BadRecord(f"field {name!r} is null" if name in record else f"no field {name!r}")
     return record[name]
+
+
+def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Documents in lists of about so many characters, so that memory does not follow from how long each is."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

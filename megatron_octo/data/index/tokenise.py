@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.data.corpora.read import batches
 from megatron_octo.data.engine.stage import advance
 from megatron_octo.data.index.encode import ControlToken, Encoder
 from megatron_octo.data.index.pairs import bin_path
@@ -57,7 +58,7 @@ def write_piece(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     table = TableWriter()
     with IndexedWriter(prefix, encoder.vocabulary, encoder.rows, shared=True) as writer:
-        for batch in _batches(documents):
+        for batch in batches(documents, BATCH):
             _write_batch(batch, writer, table, encoder, skipped)
             if limit is not None and writer.tokens >= limit:
                 break
@@ -71,18 +72,6 @@ def write_piece(
         "tokens": writer.tokens,
         "blake3": hash_weights(bin_path(prefix)),
     }
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _write_batch(
