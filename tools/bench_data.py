@@ -1,7 +1,7 @@
 """What the data engine costs on a CPU: beside datatrove and Megatron-LM, per worker, and when it is read for training.
 
     python tools/bench_data.py --quick                             a smoke run of seconds, figures without meaning
-    python tools/bench_data.py                                     the figures of the readme, about ten minutes
+    python tools/bench_data.py                                     the figures of the readme, about twenty minutes
     python tools/bench_data.py --megatron-lm ~/Megatron-LM         the same, beside its tools/preprocess_data.py too
 
 The last line is one JSON object:
@@ -12,11 +12,13 @@ tokens_per_cpu_s_vs_datatrove: tokens per CPU second of `octo data build`, over 
 tokens_per_cpu_s_vs_megatron_lm: the same over Megatron-LM's preprocess_data.py, one worker; null without a checkout.
 worker_rss_mib: peak resident memory of the process that tokenises, on the whole corpus four times over.
 rss_growth_mib: how much of that is more than on the corpus once.
-scaling_2_workers: wall seconds with one worker over those with two, on eight corpora; wants two idle cores.
+scaling_2_workers: wall seconds with one worker over those with two, on eight corpora of eight times the size, where a
+    worker's start (a second) counts little; wants two idle cores.
 startup_s: CPU seconds of `octo data build` on two documents.
 blend_index_s: wall seconds to open a blend of three sources with ten million documents for the first time.
 windows_vs_memmap: MB per second of 10^5 windows of that blend in random order, over those of a raw memmap of as many
-    windows from the same files. `window_mb_s` and `memmap_mb_s` are the two.
+    windows from the same files. `window_mb_s` and `memmap_mb_s` are the two. A window of the blend is put together from
+    fifty shuffled documents by Megatron's own dataset, one of the memmap is one stretch: the dearest case there is.
 
 The corpus is made here: seeded, an invented vocabulary in Zipf's proportions, numbers and formulas. The tokenizer is
 trained on more of it, byte-level BPE of Llama 3's cut and size, once for all runs with the same --scratch. Rounds are
@@ -55,10 +57,17 @@ LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 SIZES: dict[bool, dict[str, int]] = {
-    False: {"megabytes": 16, "training": 60, "vocabulary": 128_256, "documents": 10_000_000, "windows": 100_000},
-    True: {"megabytes": 1, "training": 1, "vocabulary": 2_000, "documents": 20_000, "windows": 2_000},
+    False: {
+        "megabytes": 16,
+        "long": 128,
+        "training": 60,
+        "vocabulary": 128_256,
+        "documents": 10_000_000,
+        "windows": 100_000,
+    },
+    True: {"megabytes": 1, "long": 1, "training": 1, "vocabulary": 2_000, "documents": 20_000, "windows": 2_000},
 }
-"""Corpus and training text in MB, entries of the tokenizer, documents and windows of the blend; and for --quick."""
+"""Corpus, that of scaling and training text in MB, entries of the tokenizer, documents and windows of the blend."""
 SEQUENCE, DOCUMENT = 2048, 40  # tokens of a window, and of a document of the blend on average
 
 
@@ -279,16 +288,18 @@ def measure_memory(folder: Path, tokenizer: Path) -> tuple[float, float]:
     return peaks[1], peaks[1] - peaks[0]
 
 
-def measure_scaling(folder: Path, tokenizer: Path, rounds: int) -> tuple[list[float], list[float]]:
+def measure_scaling(folder: Path, tokenizer: Path, megabytes: int, rounds: int) -> tuple[list[float], list[float]]:
     """What two workers cost less than one in wall seconds, and more in CPU seconds, round by round, as ratios."""
+    Corpus(3).write(folder / "scaling.jsonl", megabytes)
     walls, cpus = [], []
     for turn in range(rounds):
-        one, two = (
-            octo(folder / "corpus.jsonl", tokenizer, folder / f"scaling-{turn}-{workers}", workers, copies=8)[0]
-            for workers in (1, 2)
-        )
-        walls.append(one.wall / two.wall)
-        cpus.append(two.cpu / one.cpu)
+        costs = {}
+        for workers in (1, 2) if turn % 2 == 0 else (2, 1):
+            out = folder / f"scaling-{workers}"
+            costs[workers] = octo(folder / "scaling.jsonl", tokenizer, out, workers, copies=8)[0]
+            shutil.rmtree(out)
+        walls.append(costs[1].wall / costs[2].wall)
+        cpus.append(costs[2].cpu / costs[1].cpu)
     return walls, cpus
 
 
@@ -411,7 +422,7 @@ def main() -> None:
         if "memory" in args.only:
             figures["worker_rss_mib"], figures["rss_growth_mib"] = measure_memory(folder, tokenizer)
         if "scaling" in args.only:
-            walls, cpus = measure_scaling(folder, tokenizer, args.rounds)
+            walls, cpus = measure_scaling(folder, tokenizer, sizes["long"], args.rounds)
             for kind, values in (("faster", walls), ("CPU seconds", cpus)):
                 print(f"two workers over one, {kind}: {median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
             figures["scaling_2_workers"] = median(walls)
