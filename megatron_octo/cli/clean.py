@@ -72,6 +72,10 @@ def decontaminate(
 ) -> None:
     """Write the records of files that give no question of a benchmark away, or measure how well such are found.
 
+    A record gives a question away if it holds a third of its 13-grams, or in a row 45% of its words or 30 of them, or
+    90% of its 13-grams with other numbers, or all of a question that is shorter. 13-grams that three questions share
+    count for nothing. A build file (--mix) may set other limits.
+
     Example: octo data decontaminate pages/ --against gsm8k=eval/gsm8k/test.jsonl --out clean
 
     Example: octo data decontaminate --against math500=eval/math500/test.jsonl --measure --json

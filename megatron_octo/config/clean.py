@@ -54,12 +54,29 @@ class Benchmark(Strict):
 
 
 class Decontaminate(Strict):
-    """What counts as giving a question away; `octo data decontaminate --measure` says how well it works."""
+    """What counts as giving a question away; `octo data decontaminate --measure` says how well it works.
+
+    A document is a leak if it holds, word for word and wherever they stand, a third of the 13-grams of a question
+    (`coverage`); or, in a row, 45% of its words (`quoted`) or 30 of them (`quoted_words`); or 90% of its 13-grams with
+    other numbers (`changed_numbers`); or a question of fewer than 13 words whole. 13-grams that three different
+    questions have count for nothing and end a row (`phrase`). What fewer questions have, or one alone, may still be
+    everybody's, such as the definition of a term: therefore one 13-gram is not enough, but of a question of up to 28
+    words.
+    """
 
     against: dict[str, Benchmark] = Field(min_length=1, description="benchmarks by name")
     ngram: int = Field(default=13, ge=5, le=64, description="words in a row that are compared")
     coverage: float = Field(
         default=0.33, ge=0, le=1, description="share of a question's n-grams a document must hold; 0: any one is enough"
+    )
+    quoted: float | None = Field(
+        default=0.45,
+        gt=0,
+        le=1,
+        description="share of a question's words that is enough where they stand in a row; null: none is",
+    )
+    quoted_words: int = Field(
+        default=30, ge=5, description="words in a row that are enough of however long a question, unless quoted is null"
     )
     changed_numbers: float | None = Field(
         default=0.9, gt=0, le=1, description="that share with all numbers taken as equal; null: numbers must agree"

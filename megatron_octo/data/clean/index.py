@@ -1,9 +1,11 @@
 """An index of the n-grams of questions, and which question a document gives away.
 
-A question of n words or more is given away by a document that holds a share of its n-grams (`coverage`), or a larger
-share with all numbers taken as equal (`changed_numbers`; for questions with at least 20 other words, since "the
-greatest common divisor of 12 and 18" is an exercise of its own). n-grams that several different questions have are
-common phrases, and count for nothing.
+A question of n words or more is given away by a document that holds a share of its n-grams (`coverage`), or a long
+quotation: a share of its words in a row (`quoted`), or so many that they are no accident (`quoted_words`); or a larger
+share of its n-grams with all numbers taken as equal (`changed_numbers`; for questions with at least 20 other words,
+since "the greatest common divisor of 12 and 18" is an exercise of its own). n-grams that several different questions
+have are common phrases: they count for nothing, and a quotation ends where they begin. A stem that so many parts of
+one problem share is such a phrase as well; of these a document must have more than the stem.
 
 A shorter question is given away by its whole run of words with the same signs `+ - = < >` between them. Where it has
 fewer than `short` words it must also stand as a sentence or a line of its own, or between labels such as `Q:` and `A:`;
@@ -47,8 +49,8 @@ class Match:
         question: its number in the index.
         kind: `same`, its words as they are; `numbers`, with other numbers; `short`, all of a short question.
         coverage: share of its n-grams that the document holds.
-        first: number of the first word that agrees.
-        words: how many words of the document the agreement spans.
+        first: number of the first word of the longest run that agrees.
+        words: how many words in a row agree there.
     """
 
     question: int
@@ -124,14 +126,23 @@ class _Shares:
         self._totals = np.bincount(owners[evidence], minlength=questions)
 
     def of(self, values: np.ndarray) -> list[tuple[int, float, int, int]]:
-        """Question, share, first and last place for each question that has any of a document's n-grams."""
+        """For each question that has any of a document's n-grams: its number, the share of its n-grams, and where the
+        longest run of them begins and how many it has."""
         places, rows, owners = self.grams.owned(values)
         found = []
         for number in np.unique(owners).tolist():
             own = owners == number
             share = len(np.unique(rows[own])) / int(self._totals[number])
-            found.append((number, share, int(places[own].min()), int(places[own].max())))
+            found.append((number, share, *_longest_run(places[own])))
         return found
+
+
+def _longest_run(places: np.ndarray) -> tuple[int, int]:
+    """Where the longest run of neighbours among ascending places begins, and how many they are."""
+    begins = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    sizes = np.diff(begins, append=len(places))
+    longest = int(sizes.argmax())
+    return int(places[begins[longest]]), int(sizes[longest])
 
 
 class LeakIndex:
@@ -213,7 +224,7 @@ class LeakIndex:
                 shares.append(("numbers", self._varied.of(masked)))
             for kind, several in shares:
                 found += [
-                    Match(number, kind, share, first, last - first + self._n) for number, share, first, last in several
+                    Match(number, kind, share, first, count + self._n - 1) for number, share, first, count in several
                 ]
         return sorted(found, key=lambda match: (-match.coverage, match.kind != "same", match.question))
 
@@ -225,7 +236,10 @@ class LeakIndex:
         """Whether an agreement is enough to give the question away."""
         if match.kind == "numbers":
             return match.coverage >= (self._config.changed_numbers or 1.0)
-        return match.kind == "short" or match.coverage >= self._config.coverage
+        if match.kind == "short" or match.coverage >= self._config.coverage:
+            return True
+        share, question = self._config.quoted, self._words[match.question]
+        return share is not None and match.words >= min(share * len(question), self._config.quoted_words)
 
     def _short_ones(self, words: Words) -> list[Match]:
         found = {}

@@ -1,11 +1,12 @@
 r"""Planted leaks and near-misses, made from the questions of a benchmark: they measure what the decontamination finds.
 
 A leak gives the question away: its words stand there in another dress (`verbatim`, `rewrapped`, `embedded`, `markdown`,
-`html`, `latex`), its sentences in another order (`reordered`), or its words with other numbers (`numbers`: the
-wording, and with it the way to solve it, is what a benchmark of word problems tests, so such a text counts as a leak).
-A near-miss does not: the same template with other numbers and other names and things is another problem of its kind
-(`template`); a text may be about the same things (`topic`), quote up to 12 words (`quote`), or use the phrases that all
-such problems share (`phrases`).
+`html`, `latex`), its sentences in another order (`reordered`), half of it in a row (`half`, where that is 13 words), or
+its words with other numbers (`numbers`: the wording, and with it the way to solve it, is what a benchmark of word
+problems tests, so such a text counts as a leak). A near-miss does not: the same template with other numbers and other
+names and things is another problem of its kind (`template`); a text may be about the same things (`topic`), quote up to
+12 words (`quote`), use the phrases that all such problems share (`phrases`), or define a term as they all do
+(`definition`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_octo.data.clean.questions import Question
 from megatron_octo.data.clean.words import words_of
@@ -63,6 +65,20 @@ _PHRASES = (
     "How many different ways are there to do this if the order does not matter?",
     "Let $a$, $b$ and $c$ be positive real numbers such that the following holds.",
     "How much money does he have left at the end of the day, in dollars?",
+)
+_DEFINITIONS = (
+    r"Let $\lfloor x \rfloor$ denote the greatest integer less than or equal to $x$. "
+    r"For example, $\lfloor 3.1 \rfloor = 3$ and $\lfloor -1.4 \rfloor = -2$.",
+    r"For every real number $x$, define $\lfloor x \rfloor$ to be equal to the greatest integer less than or equal to "
+    r"$x$. (We call this the floor of $x$.)",
+    "(An arithmetic sequence is a sequence in which each term after the first is obtained from the previous term by "
+    "adding a constant. For example, $3,5,7,9$ are the first four terms of an arithmetic sequence.)",
+    "A geometric sequence is a sequence in which each term after the first is obtained from the previous term by "
+    "multiplying it by a constant.",
+    r"The area can be written in the form $\frac{a\sqrt{b}}{c}$, where $a$, $b$ and $c$ are positive integers, $a$ and "
+    r"$c$ are relatively prime, and $b$ is not divisible by the square of any prime. Find $a+b+c$.",
+    "A permutation of a list of numbers is an ordered arrangement of the numbers in that list.",
+    "A positive integer is called a palindrome if it reads the same forwards and backwards.",
 )
 
 
@@ -203,6 +219,29 @@ def _quote(text: str, draw: random.Random, longest: int) -> str | None:
     return f"{draw.choice(_FILLER)} \u201c{' '.join(words)}\u201d \u2013 {draw.choice(_FILLER)}"
 
 
+def _half(text: str, draw: random.Random, longest: int) -> str | None:
+    """Half of its words in a row, in the middle of prose, where that is more than a quotation that gives nothing away.
+
+    What is planted are pieces between blanks, as few as hold half of the words: a formula is many words and one piece.
+    """
+    pieces, half = text.split(), -(-len(words_of(text)) // 2)
+    if half <= longest:
+        return None
+    first = draw.randrange(len(pieces))
+    counts = [len(words_of(piece)) for piece in pieces]
+    while sum(counts[first:]) < half:
+        first -= 1
+    end = first
+    while sum(counts[first:end]) < half:
+        end += 1
+    return _embedded(" ".join(pieces[first:end]), draw)
+
+
+def _definition(text: str, draw: random.Random) -> str:
+    """Another problem that explains a term in the words that are usual for it."""
+    return f"{draw.choice(_FILLER)} {' '.join(draw.sample(_DEFINITIONS, 2))} {draw.choice(_PHRASES)}"
+
+
 def _phrases(text: str, draw: random.Random) -> str:
     """What problems of its kind have in common."""
     return f"{draw.choice(_FILLER)} {' '.join(draw.sample(_PHRASES, 3))}"
@@ -213,8 +252,16 @@ LEAKS: dict[str, Maker] = {
     "verbatim": _verbatim, "rewrapped": _rewrapped, "embedded": _embedded, "markdown": _markdown, "html": _html,
     "latex": _latex, "numbers": _numbers, "reordered": _reordered,
 }  # fmt: skip
-NEAR_MISSES: dict[str, Maker] = {"template": _template, "topic": _topic, "phrases": _phrases}
-"""Besides `quote`, which depends on the number of words that are compared."""
+NEAR_MISSES: dict[str, Maker] = {
+    "template": _template, "topic": _topic, "phrases": _phrases, "definition": _definition,
+}  # fmt: skip
+QUOTATIONS: dict[str, Callable[[str, random.Random, int], str | None]] = {"half": _half, "quote": _quote}
+"""A leak and a near-miss that depend on the number of words that are compared."""
+
+
+def is_leak(kind: str) -> bool:
+    """Whether what is planted under a name gives its question away."""
+    return kind in LEAKS or kind == "half"
 
 
 def plant(questions: list[Question], seed: int, quoted: int = 12) -> Iterator[Planted]:
@@ -225,11 +272,9 @@ def plant(questions: list[Question], seed: int, quoted: int = 12) -> Iterator[Pl
         seed: of all draws.
         quoted: words in the longest quotation that gives nothing away.
     """
+    quotations = {kind: partial(maker, longest=quoted) for kind, maker in QUOTATIONS.items()}
     for question in questions:
-        for kind, maker in {**LEAKS, **NEAR_MISSES}.items():
+        for kind, maker in {**LEAKS, **NEAR_MISSES, **quotations}.items():
             text = maker(question.text, random.Random(f"{seed}/{kind}/{question.id}"))
             if text is not None:
-                yield Planted(question, kind, kind in LEAKS, text)
-        text = _quote(question.text, random.Random(f"{seed}/quote/{question.id}"), quoted)
-        if text is not None:
-            yield Planted(question, "quote", False, text)
+                yield Planted(question, kind, is_leak(kind), text)

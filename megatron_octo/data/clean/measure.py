@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_octo.config.clean import Decontaminate
 from megatron_octo.data.clean.index import LeakIndex
-from megatron_octo.data.clean.leaks import LEAKS, plant
+from megatron_octo.data.clean.leaks import is_leak, plant
 from megatron_octo.data.clean.questions import Question, all_questions, benchmark_file
 from megatron_octo.data.clean.words import Batch
 from megatron_octo.errors import DataError
@@ -110,7 +110,7 @@ def _sample(questions: list[Question], seed: int, sample: int | None) -> list[Qu
 def _table(seen: dict[tuple[str, str], Counter[str]], leaks: bool) -> dict[str, dict[str, dict[str, int]]]:
     table: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
     for (kind, benchmark), count in seen.items():
-        if (kind in LEAKS) == leaks:
+        if is_leak(kind) == leaks:
             table[kind][benchmark] = {"planted": count["planted"], "found": count["found"]}
     return dict(table)
 
@@ -122,10 +122,10 @@ def _rates(seen: dict[tuple[str, str], Counter[str]], rule: str) -> dict[str, An
         planted[kind] += count["planted"]
         found[kind] += count[rule]
     rates = {kind: found[kind] / planted[kind] for kind in planted}
-    right = sum(found[kind] for kind in found if kind in LEAKS)
+    right = sum(found[kind] for kind in found if is_leak(kind))
     return {
-        "recall": {kind: rate for kind, rate in rates.items() if kind in LEAKS},
-        "false_positives": {kind: rate for kind, rate in rates.items() if kind not in LEAKS},
+        "recall": {kind: rate for kind, rate in rates.items() if is_leak(kind)},
+        "false_positives": {kind: rate for kind, rate in rates.items() if not is_leak(kind)},
         "precision": right / sum(found.values()) if right else 0.0,
     }
 

@@ -30,8 +30,10 @@ _KINDS = {
     "latex": "formulas spelled another way",
     "numbers": "the same words with other numbers",
     "reordered": "sentences in another order",
+    "half": "half of its words in a row, in prose",
     "topic": "about the same things",
     "phrases": "phrases that all such problems share",
+    "definition": "terms explained in the usual words",
     "quote": "a few words of the question",
     "template": "the same template, other numbers, names and things",
 }
