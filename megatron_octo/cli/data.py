@@ -65,7 +65,7 @@ def build(
     if executor == "slurm":
         from megatron_octo.data.engine.jobs import render_build
 
-        script, said = render_build(config, file, out, workers)
+        script, said = render_build(config, out, workers)
         if script is None:
             typer.echo(f"{out}: finished and whole; no job is needed")
         else:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from corpora_tools import config_of  # noqa: E402
+from corpora_tools import config_of, counted  # noqa: E402
 
 from megatron_octo.data.corpora import shard as shard_module  # noqa: E402
 from megatron_octo.data.corpora.read import Accounts, ShardReader  # noqa: E402
@@ -71,7 +71,7 @@ def _check(folder: Path, records: list[tuple[str, bytes]], suffix: str, policy: 
     total, ids = Accounts(), []
     damaged = [number for number, (kind, _) in enumerate(records, start=1) if kind == "damaged"]
     try:
-        for shard in list_shards(config, "c"):
+        for shard in counted(list_shards(config, "c")):
             reader = ShardReader(config, shard)
             for document in reader:
                 ids.append(document.id)

@@ -14,7 +14,8 @@ import zstandard
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import parse_config
 from megatron_octo.data.corpora.read import Accounts, ShardReader
-from megatron_octo.data.corpora.shard import Shard, list_shards
+from megatron_octo.data.corpora.shard import Shard, list_shards, numbered
+from megatron_octo.data.engine.inputs import hash_input, look_at
 
 
 def config_of(corpora: dict[str, Any], **values: Any) -> DataBuildConfig:
@@ -26,14 +27,20 @@ def config_of(corpora: dict[str, Any], **values: Any) -> DataBuildConfig:
 
 def shards_of(path: Path | str, **values: Any) -> list[Shard]:
     """The shards of corpus `c`."""
-    return list_shards(config_of({"c": {"path": str(path), **values}}), "c")
+    return counted(list_shards(config_of({"c": {"path": str(path), **values}}), "c"))
+
+
+def counted(shards: list[Shard]) -> list[Shard]:
+    """Shards that know how many lines come before them, as the first stage of a build finds it."""
+    unknown = {shard.path for shard in shards if shard.first is None}
+    return numbered(shards, {path: hash_input(look_at(path))["lines"] for path in unknown})
 
 
 def read(path: Path | str, policy: str = "strict", **values: Any) -> tuple[list[tuple[str, str]], Accounts]:
     """Id and text of every document of corpus `c`, and its accounts."""
     config = config_of({"c": {"path": str(path), **values}}, on_bad_line=policy)
     documents, accounts = [], Accounts()
-    for shard in list_shards(config, "c"):
+    for shard in counted(list_shards(config, "c")):
         reader = ShardReader(config, shard)
         documents += [(document.id, document.text) for document in reader]
         accounts += reader.accounts

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,20 @@ def work(task: Task) -> dict[str, Any]:
     name = f"piece-{task.number}"
     write_text(task.out / name, str(task.number**2))
     return {"square": task.number**2, FILES: {name: len(str(task.number**2))}}
+
+
+@contextmanager
+def opened_below(folder: Path) -> Iterator[list[str]]:
+    """The files of a folder that this process opens meanwhile, in order."""
+    paths: list[str] | None = []
+
+    def heard(event: str, values: tuple[Any, ...]) -> None:  # there is no way to take a hook away
+        if event == "open" and paths is not None and str(values[0]).startswith(f"{folder}{os.sep}"):
+            paths.append(str(values[0]))
+
+    sys.addaudithook(heard)
+    yield paths
+    paths = None
 
 
 class Peculiar(Exception):

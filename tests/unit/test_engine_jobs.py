@@ -9,9 +9,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from engine_tasks import opened_below
 
 from megatron_octo.config.data import DataBuildConfig
-from megatron_octo.config.load import dump_config, parse_config
+from megatron_octo.config.load import dump_config, load_config, parse_config
+from megatron_octo.data.corpora import shard
 from megatron_octo.data.engine.build import build_data
 from megatron_octo.data.engine.executors import InProcess
 from megatron_octo.data.engine.jobs import _hashes, render_build, work_on_share
@@ -51,7 +53,7 @@ def _jobs(out: Path) -> dict[str, str]:
 
 def test_jobs_of_a_build(tmp_path: Path) -> None:
     config, out = _config(tmp_path / "in puts"), tmp_path / "my out"
-    script, said = render_build(config, tmp_path / "in puts" / "data.yaml", out, workers=8)
+    script, said = render_build(config, out, workers=8)
     assert script is not None and said is None and script.read_text().count("\nsubmit ") == 5
     submit = script.read_text()
     assert submit.index('"${@:2}"') < submit.index("--dependency=afterok:$id"), "a user's own comes before, and loses"
@@ -61,9 +63,46 @@ def test_jobs_of_a_build(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "#SBATCH --array=0-1%8\n" in jobs["3-tokenise.sbatch"]
     assert f"--out '{out}' --stage tokenise --share \"$SLURM_ARRAY_TASK_ID/2\"" in jobs["3-tokenise.sbatch"]
-    assert "--array" not in jobs["5-publish.sbatch"] and f"data build '{tmp_path}" in jobs["5-publish.sbatch"]
+    assert (
+        "--array" not in jobs["5-publish.sbatch"] and f"data build '{out}/.work/build.yaml'" in jobs["5-publish.sbatch"]
+    )
     for text in jobs.values():
         assert "#SBATCH --requeue\n" in text and re.search(rf"#SBATCH --output='{re.escape(str(out))}/.*'\n", text)
+
+
+def test_jobs_build_what_was_submitted(tmp_path: Path) -> None:
+    """Whatever becomes of its file while they wait; another build is refused there."""
+    config, out = _config(tmp_path / "in"), tmp_path / "data"
+    render_build(config, out, workers=None)
+    assert load_config(DataBuildConfig, out / ".work" / "build.yaml") == config
+    assert all(f"{out}/.work/build.yaml" in text and "data.yaml" not in text for text in _jobs(out).values())
+    with pytest.raises(ConfigError, match="holds another build: settings.seed: 0 -> 1"):
+        work_on_share(config.model_copy(update={"seed": 1}), out, "inputs", "0/1")
+
+
+def test_a_job_looks_at_its_own_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are counted by the first stage, in parts that follow from the size; a plan reads nothing of a corpus."""
+    monkeypatch.setattr(shard, "PART", 500)
+    config, out = _config(tmp_path / "in"), tmp_path / "data"
+    with opened_below(tmp_path / "in") as paths:
+        Plan(config, out)
+        render_build(config, out, workers=None)
+    assert paths == []
+    with opened_below(tmp_path / "in") as paths:
+        work_on_share(config, out, "inputs", "0/1")
+    assert sorted(Path(path).name for path in paths) == ["one.jsonl", "two.jsonl"]
+    work_on_share(config, out, "tokenizer", "0/1")
+    (tmp_path / "in" / "two.jsonl").rename(tmp_path / "in" / "gone")
+    with opened_below(tmp_path / "in") as paths:
+        work_on_share(config, out, "tokenise", "1/6")
+    assert [Path(path).name for path in paths] == ["one.jsonl"]
+    (tmp_path / "in" / "gone").rename(tmp_path / "in" / "two.jsonl")
+    monkeypatch.setattr(shard, "PART", 1 << 20)
+    build_data(config, tmp_path / "whole")
+    monkeypatch.setattr(shard, "PART", 500)
+    build_data(config, out)
+    for name in ("one.docs", "two.docs", "two.bin", "manifest.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -76,7 +115,7 @@ def test_the_rendered_jobs_build_the_same_data(tmp_path: Path, monkeypatch: pyte
     sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
-    script, said = render_build(config, tmp_path / "inputs" / "data.yaml", out, workers=None)
+    script, said = render_build(config, out, workers=None)
     assert said is not None and len(said.splitlines()) == 5
     first, *others = (tmp_path / "log").read_text().splitlines()
     assert "dependency" not in first
@@ -95,22 +134,22 @@ def test_only_what_is_left_gets_a_job(tmp_path: Path) -> None:
     work_on_share(config, out, "inputs", "0/1")
     work_on_share(config, out, "tokenizer", "0/1")
     work_on_share(config, out, "tokenise", "1/2")
-    render_build(config, tmp_path / "inputs" / "data.yaml", out, workers=None)
+    render_build(config, out, workers=None)
     jobs = _jobs(out)
     assert list(jobs) == ["1-tokenise.sbatch", "2-join.sbatch", "3-publish.sbatch"]
     assert "#SBATCH --array=0-0\n" in jobs["1-tokenise.sbatch"]
 
 
 def test_a_finished_build_gets_no_job(tmp_path: Path) -> None:
-    config, file, out = _config(tmp_path / "inputs"), tmp_path / "inputs" / "data.yaml", tmp_path / "data"
+    config, out = _config(tmp_path / "inputs"), tmp_path / "data"
     build_data(config, out)
-    assert render_build(config, file, out, workers=None) == (None, None) and _jobs(out) == {}
+    assert render_build(config, out, workers=None) == (None, None) and _jobs(out) == {}
     (out / "one.bin").unlink()
-    assert render_build(config, file, out, workers=None)[0] is not None, "a damaged one is mended"
+    assert render_build(config, out, workers=None)[0] is not None, "a damaged one is mended"
     with (tmp_path / "inputs" / "one.jsonl").open("a") as lines:
         lines.write('{"text": "one more"}\n')
     with pytest.raises(ConfigError, match=r"holds another build: inputs.corpora.one.*one.jsonl"):
-        render_build(config, file, out, workers=None)
+        render_build(config, out, workers=None)
 
 
 def test_stages_in_another_order_are_refused(tmp_path: Path) -> None:
@@ -165,4 +204,4 @@ def test_a_refusal_of_the_scheduler_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     config = _config(tmp_path / "inputs")
     with pytest.raises(EnvironmentProblem, match="invalid partition specified.*fix: set SBATCH_PARTITION"):
-        render_build(config, tmp_path / "inputs" / "data.yaml", tmp_path / "data", workers=None)
+        render_build(config, tmp_path / "data", workers=None)

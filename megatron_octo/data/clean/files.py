@@ -21,10 +21,10 @@ from megatron_octo.data.corpora.files import input_path, unread_files
 from megatron_octo.data.corpora.lines import numbered_lines, open_input
 from megatron_octo.data.corpora.read import Accounts
 from megatron_octo.data.corpora.rows import numbered_rows
-from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards
+from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards, numbered
 from megatron_octo.data.engine.build import claim, only_writer, refuse_other
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import inputs_stage, look_at, refuse_change, versions
+from megatron_octo.data.engine.inputs import inputs_stage, lines_of, look_at, refuse_change, versions
 from megatron_octo.data.engine.publish import RESULT, WORK, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Stage, run_stages
 from megatron_octo.errors import DataError
@@ -73,6 +73,8 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
             _verify(out, finished)
             shutil.rmtree(work)
             return finished
+        lines = lines_of(stage, facts)
+        shards = {name: numbered(own, lines) for name, own in shards.items()}
         stages = clean_stages(config, shards, work, versions(seen, hashes))
         found = run_stages([*stages, _writing(config, work, stages)], work, team)
         for file in seen:
@@ -108,6 +110,7 @@ def write_records(cleaning: Cleaning, part: Part) -> dict[str, Any]:
 
 
 def _records(shard: Shard) -> Iterator[tuple[int, bytes]]:
+    assert shard.first is not None
     if not is_parquet(shard.path):
         for number, line in numbered_lines(shard.path, shard.part, shard.first):
             yield number, line.rstrip(b"\r\n")

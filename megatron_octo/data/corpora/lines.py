@@ -48,8 +48,8 @@ def numbered_lines(path: str, part: tuple[int, int] | None = None, first: int = 
 
     Args:
         path: compressed where its name ends in `.gz` or `.zst`.
-        part: bytes to read of a plain file, first and one beyond the last: whole lines.
-        first: lines before that part.
+        part: bytes of a plain file, first and one beyond the last: the lines that begin there are read.
+        first: lines that begin before.
 
     Yields:
         Number of the line, from 1, and its bytes, less a byte order mark at the start of the file.
@@ -79,10 +79,12 @@ def _lines(raw: IO[bytes], path: str, part: tuple[int, int] | None) -> Iterable[
 
 
 def _lines_within(raw: IO[bytes], part: tuple[int, int]) -> Iterator[bytes]:
-    raw.seek(part[0])
-    left = part[1] - part[0]
-    while left > 0 and (line := raw.readline()):
-        left -= len(line)
+    place = max(0, part[0] - 1)
+    raw.seek(place)
+    if part[0]:
+        place += len(raw.readline())  # the end of a line of the part before
+    while place < part[1] and (line := raw.readline()):
+        place += len(line)
         yield line
 
 

@@ -142,6 +142,7 @@ class ShardReader:
 
     def _records(self, adapter: Adapter, names: dict[str, str]) -> Iterator[tuple[int, Any]]:
         shard = self._shard
+        assert shard.first is not None, f"{shard.path}: nobody has counted its lines"
         if is_parquet(shard.path):
             required = [names.get(item.name, item.name) for item in adapter.fields if not item.optional]
             optional = [names.get(item.name, item.name) for item in adapter.fields if item.optional]

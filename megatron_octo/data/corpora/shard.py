@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_octo.config.data import Corpus, Inputs
@@ -16,8 +16,6 @@ from megatron_octo.errors import DataError
 PART = 256 << 20
 """Bytes above which a local file is cut into parts of about this size, if its form allows it."""
 
-_CHUNK = 1 << 22
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -27,8 +25,9 @@ class Shard:
         corpus: name in the build.
         number: place among the corpus's shards, in the order of its files.
         path: expanded path or URL; empty for generated text.
-        part: bytes of a plain file of lines (whole lines), or row groups of a parquet file; None: the whole file.
-        first: lines or rows of the file before it.
+        part: bytes of a plain file of lines, of which those count that begin there; or row groups of a parquet file;
+            None: the whole file.
+        first: lines or rows of the file before it; None of lines that nobody has counted yet, see `numbered`.
         name: of the file within its corpus, the same on every machine.
     """
 
@@ -36,7 +35,7 @@ class Shard:
     number: int
     path: str
     part: tuple[int, int] | None = None
-    first: int = 0
+    first: int | None = 0
     name: str = ""
 
 
@@ -48,7 +47,7 @@ def is_parquet(path: str) -> bool:
 def list_shards(config: Inputs, corpus: str) -> list[Shard]:
     """The shards of a source: its files in sorted order, large ones in parts.
 
-    A plain file of lines is cut between lines, and read once to count them; a parquet file between row groups. Files
+    A plain file of lines is cut by its size alone, without a look into it; a parquet file between row groups. Files
     that are compressed as a whole, or behind a URL, stay whole.
 
     Args:
@@ -66,6 +65,29 @@ def list_shards(config: Inputs, corpus: str) -> list[Shard]:
         for part, first in _parts(path):
             shards.append(Shard(corpus, len(shards), path, part, first, name))
     return shards
+
+
+def line_cuts(path: str, size: int) -> list[int]:
+    """Where a file is cut whose parts are told by bytes: the first byte of each part; none where it stays whole."""
+    plain = "://" not in path and path.endswith((".jsonl", ".ndjson", ".json"))
+    return list(range(0, size, PART)) if plain and size > PART else []
+
+
+def numbered(shards: Iterable[Shard], lines: Mapping[str, Sequence[int]]) -> list[Shard]:
+    """Tell parts of files how many lines come before them.
+
+    Args:
+        shards: of any corpora.
+        lines: of a file, by its path, the lines that begin before each of its `line_cuts`; a file that is not there
+            has its parts left as they are.
+    """
+
+    def known(shard: Shard) -> Shard:
+        if shard.first is not None or shard.part is None or shard.path not in lines:
+            return shard
+        return replace(shard, first=lines[shard.path][shard.part[0] // PART])
+
+    return [known(shard) for shard in shards]
 
 
 def refuse_shared_files(config: Inputs, shards: dict[str, list[Shard]]) -> None:
@@ -103,40 +125,19 @@ def _form(config: Inputs, name: str) -> str:
     return "qa" if prompts and rendering == "published" else rendering
 
 
-def _parts(path: str) -> list[tuple[tuple[int, int] | None, int]]:
-    """Parts of a file, each with the records before it."""
-    if "://" in path or not path.endswith((".jsonl", ".ndjson", ".json", ".parquet")):
+def _parts(path: str) -> Sequence[tuple[tuple[int, int] | None, int | None]]:
+    """Parts of a file, each with the records before it as far as they are known."""
+    if "://" in path:
         return [(None, 0)]
     try:
         found = os.stat(path)
-        if found.st_size <= PART:
-            return [(None, 0)]
-        cut = _cut_rows if is_parquet(path) else _cut_lines
-        return list(cut(path, found.st_size, found.st_mtime_ns, PART))
+        if is_parquet(path) and found.st_size > PART:
+            return _cut_rows(path, found.st_size, found.st_mtime_ns, PART)
+        cuts = line_cuts(path, found.st_size)
+        ends = [*cuts[1:], found.st_size]
+        return [((start, end), None if start else 0) for start, end in zip(cuts, ends, strict=False)] or [(None, 0)]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error})", fix="make it readable, or fetch it again") from None
-
-
-@lru_cache
-def _cut_lines(path: str, size: int, modified: int, part: int) -> tuple[tuple[tuple[int, int], int], ...]:
-    found, lines = [], 0
-    with open(path, "rb") as file:
-        start = 0
-        while start < size:
-            file.seek(start + part - 1)
-            file.readline()
-            end = min(file.tell(), size)
-            found.append(((start, end), lines))
-            file.seek(start)
-            lines += sum(chunk.count(b"\n") for chunk in _chunks(file, end - start))
-            start = end
-    return tuple(found)
-
-
-def _chunks(file: object, left: int) -> Iterator[bytes]:
-    while left > 0 and (chunk := file.read(min(left, _CHUNK))):  # type: ignore[attr-defined]
-        left -= len(chunk)
-        yield chunk
 
 
 @lru_cache

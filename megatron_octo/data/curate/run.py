@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from megatron_octo import __version__
 from megatron_octo.config.curate import CurateConfig, Question, Step
 from megatron_octo.config.load import differences
-from megatron_octo.data.corpora.shard import Shard, list_shards
+from megatron_octo.data.corpora.shard import Shard, list_shards, numbered
 from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, named_model
 from megatron_octo.data.curate.client import key_of
 from megatron_octo.data.curate.judge import judge_sample
@@ -21,7 +20,7 @@ from megatron_octo.data.curate.sample import draw_sample
 from megatron_octo.data.curate.train import train_classifier
 from megatron_octo.data.engine.build import only_writer
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import InputFile, inputs_stage, look_at, refuse_change, versions
+from megatron_octo.data.engine.inputs import InputFile, inputs_stage, lines_of, look_at, refuse_change, versions
 from megatron_octo.data.engine.publish import MANIFEST, finish_publishing, publish
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
 from megatron_octo.errors import ConfigError, DataError
@@ -68,14 +67,15 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
             raise DataError(
                 f"{out / MANIFEST} is not what a curation writes there", fix="restore it, or name another --out"
             )
-        inputs = _hash_inputs(curation, files, team)
+        inputs, lines = _hash_inputs(curation, files, team)
         if finished is not None:
             _refuse_other(out, finished, {"settings": _settings(config, questions), "inputs": inputs})
             _refuse_altered(out, finished)
             shutil.rmtree(curation.work)
             return finished
         known = versions(files.values(), {files[name].path: facts["sha256"] for name, facts in inputs.items()})
-        parts = [replace(part, version=known[part.shard.path]) for part in parts]
+        shards = numbered([part.shard for part in parts], lines)
+        parts = [Part(number, shard, known[shard.path]) for number, shard in enumerate(shards)]
         found = _steps(curation, parts, until or config.steps[-1], team)
         for file in files.values():
             refuse_change(file)
@@ -119,11 +119,15 @@ def _settings(config: CurateConfig, questions: dict[str, Asked]) -> dict[str, An
     return {**settings, "asked": {step: asked.as_json() for step, asked in questions.items()}}
 
 
-def _hash_inputs(curation: Curation, files: dict[str, InputFile], team: Executor) -> dict[str, dict[str, Any]]:
+def _hash_inputs(
+    curation: Curation, files: dict[str, InputFile], team: Executor
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
+    """Sizes and hashes of the input files, by name, and lines before their parts, by path."""
     stage = inputs_stage(files.values())
     facts = run_stages([stage], curation.work, team)[stage.name]
     hashes = {file.path: found["sha256"] for file, found in zip(stage.tasks, facts, strict=True)}
-    return {name: {"bytes": file.bytes, "sha256": hashes[file.path]} for name, file in files.items()}
+    inputs = {name: {"bytes": file.bytes, "sha256": hashes[file.path]} for name, file in files.items()}
+    return inputs, lines_of(stage, facts)
 
 
 def _refuse_other(out: Path, finished: dict[str, Any], wanted: dict[str, Any]) -> None:

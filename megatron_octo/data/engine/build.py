@@ -150,8 +150,7 @@ def refuse_other(out: Path, what: str, old: Any, new: Any) -> None:
 
 def _hash_inputs(plan: Plan, team: Executor) -> dict[str, str]:
     stage = plan.inputs()
-    facts = run_stages([stage], plan.build.work, team)[stage.name]
-    return {file.path: found["sha256"] for file, found in zip(stage.tasks, facts, strict=True)}
+    return plan.know(run_stages([stage], plan.build.work, team)[stage.name])
 
 
 def _files(joined: list[dict[str, Any]]) -> list[str]:

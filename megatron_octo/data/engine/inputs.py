@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_octo.data.corpora import shard
+from megatron_octo.data.corpora.lines import open_input
 from megatron_octo.data.engine.stage import Stage, advance
 from megatron_octo.errors import DataError
 
@@ -69,27 +71,58 @@ def look_at(path: str) -> InputFile:
 def inputs_stage(files: Iterable[InputFile]) -> Stage:
     """The stage that hashes input files; one that looks as it did is not read again."""
     tasks = sorted(set(files), key=lambda file: file.path)
-    return Stage("inputs", tasks, hash_input, {"format": 1}, [file.bytes for file in tasks], "bytes")
+    made_from = {"format": 2, "part": shard.PART}
+    return Stage("inputs", tasks, hash_input, made_from, [file.bytes for file in tasks], "bytes")
+
+
+def lines_of(stage: Stage, facts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Lines before the parts of files, by path, out of what the stage found; see `shard.numbered`."""
+    return {file.path: found["lines"] for file, found in zip(stage.tasks, facts, strict=True) if "lines" in found}
 
 
 def hash_input(file: InputFile) -> dict[str, Any]:
-    """The SHA-256 of a file and its size.
+    """Read a file to its end, the only time that all of it is read by one process.
+
+    Returns:
+        `bytes` and `sha256`; of a file whose parts are told by bytes also `lines`, those that begin before each part.
 
     Raises:
         DataError: it cannot be read, or is being written to.
     """
-    import fsspec
-
-    digest = hashlib.sha256()
+    digest, count = hashlib.sha256(), _LineCount(shard.line_cuts(file.path, file.bytes))
     try:
-        with fsspec.open(file.path, "rb") as stream:
+        with open_input(file.path) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
+                count.update(chunk)
                 advance(len(chunk))
     except OSError as error:
         raise DataError(f"{file.path} cannot be read ({error})", fix="make it readable") from None
     refuse_change(file)
-    return {"bytes": file.bytes, "sha256": digest.hexdigest()}
+    found = {"bytes": file.bytes, "sha256": digest.hexdigest()}
+    return {**found, "lines": count.found} if count.found else found
+
+
+class _LineCount:
+    """Counts, while a file goes by, the lines that begin before each of some places."""
+
+    def __init__(self, cuts: Sequence[int]) -> None:
+        self._cuts, self._place, self._lines = list(cuts), 0, 1  # one begins at the start
+        self.found: list[int] = []
+
+    def update(self, chunk: bytes) -> None:
+        """Take the next bytes of the file."""
+        start = 0
+        while len(self.found) < len(self._cuts):
+            end = max(0, self._cuts[len(self.found)] - 1) - self._place  # what ends there begins a line at the cut
+            if end > len(chunk):
+                break
+            self._lines += chunk.count(b"\n", start, end)
+            start = end
+            self.found.append(self._lines if self._cuts[len(self.found)] else 0)
+        if len(self.found) < len(self._cuts):
+            self._lines += chunk.count(b"\n", start)
+        self._place += len(chunk)
 
 
 def refuse_change(file: InputFile) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.load import dump_config
 from megatron_octo.data.corpora.problems import build_world
 from megatron_octo.data.engine.build import claim, is_whole, only_writer, refuse_other
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
@@ -17,16 +18,20 @@ from megatron_octo.data.engine.plan import Plan
 from megatron_octo.data.engine.publish import WORK
 from megatron_octo.data.engine.stage import Stage, calls_of, run_calls
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
+from megatron_octo.files import read_json
 
+_PLAN, _SETTINGS = "plan.json", "build.yaml"
 _OCTO = [sys.executable, "-m", "megatron_octo.cli", "data"]
 
 
-def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | None) -> tuple[Path | None, str | None]:
+def render_build(config: DataBuildConfig, out: Path, workers: int | None) -> tuple[Path | None, str | None]:
     """Write the jobs of what is left of a build, and submit them where this machine has `sbatch`.
+
+    The jobs build what is told here, whatever becomes of the file it is from while they wait: settings and the list of
+    input files are written down beside the jobs. They do not look at all inputs again either, but each at its own.
 
     Args:
         config: what to build.
-        file: where that is written; jobs read it again.
         out: data directory, on a file system that all nodes share.
         workers: how many jobs may run at the same time; None for no limit.
 
@@ -49,10 +54,18 @@ def render_build(config: DataBuildConfig, file: Path, out: Path, workers: int | 
                 return None, None
         stages = [plan.inputs(), *plan.stages(_hashes(plan) or {})]
         left = [(stage.name, _left(plan, stage)) for stage in stages]
-        file = str(file.absolute())
+        plan.save(out / WORK / _PLAN)
+        dump_config(config, out / WORK / _SETTINGS)
+        file = str(out / WORK / _SETTINGS)
         last = [*_OCTO, "build", file, "--out", str(out)]
         script = render(out / WORK / "slurm", left, [*_OCTO, "work", file, "--out", str(out)], last, workers)
     return script, _submit(script) if shutil.which("sbatch") else None
+
+
+def _planned(config: DataBuildConfig, out: Path) -> Plan:
+    """The plan that was made when the jobs were submitted; one made here where none were."""
+    claim(out, config)
+    return Plan(config, out, read_json(out / WORK / _PLAN))
 
 
 def _sizes(inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -69,12 +82,12 @@ def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) ->
         share: I/N.
 
     Raises:
-        ConfigError: there is no such stage or share.
+        ConfigError: there is no such stage or share, or the directory is that of another build.
         DataError: the stage before it is not finished.
         OctoError: as a task raised it.
     """
     number, total = _share(share)
-    plan = Plan(config, out.absolute())
+    plan = _planned(config, out.absolute())
     stages = [plan.inputs()]
     hashes = _hashes(plan)
     if stage != stages[0].name:
@@ -107,13 +120,8 @@ def _share(text: str) -> tuple[int, int]:
 
 def _hashes(plan: Plan) -> dict[str, str] | None:
     """Hashes of the input files as far as their stage is done; None where one is missing."""
-    stage, hashes = plan.inputs(), {}
-    for call in calls_of(stage, plan.build.work):
-        facts = call.done(plan.build.work)
-        if facts is None:
-            return None
-        hashes[call.task.path] = facts["sha256"]
-    return hashes
+    facts = [call.done(plan.build.work) for call in calls_of(plan.inputs(), plan.build.work)]
+    return None if None in facts else plan.know([found for found in facts if found is not None])
 
 
 def _left(plan: Plan, stage: Stage) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,17 @@ from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.stages import REMOVALS, clean_stages
 from megatron_octo.data.corpora.files import input_path
-from megatron_octo.data.corpora.shard import Shard, list_shards, refuse_shared_files
-from megatron_octo.data.engine.inputs import InputFile, Version, inputs_stage, look_at, refuse_change, versions
-from megatron_octo.data.engine.stage import Stage, calls_of
+from megatron_octo.data.corpora.shard import Shard, list_shards, numbered, refuse_shared_files
+from megatron_octo.data.engine.inputs import (
+    InputFile,
+    Version,
+    inputs_stage,
+    lines_of,
+    look_at,
+    refuse_change,
+    versions,
+)
+from megatron_octo.data.engine.stage import Stage, calls_of, plain
 from megatron_octo.data.engine.tasks import (
     TOKENISE,
     Build,
@@ -32,7 +40,7 @@ from megatron_octo.data.engine.tasks import (
 )
 from megatron_octo.data.index.digest import tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
-from megatron_octo.files import hash_json
+from megatron_octo.files import hash_json, write_json
 
 FORMAT = 3
 TOKENIZER, JOIN, BEYOND = "tokenizer", "join", "beyond"
@@ -44,17 +52,30 @@ class Plan:
     Args:
         config: what is built.
         out: data directory, absolute.
+        saved: what `save` wrote, instead of a look at the inputs.
 
     Raises:
         DataError: an input is missing.
         ConfigError: a path names an environment variable that is not set.
     """
 
-    def __init__(self, config: DataBuildConfig, out: Path) -> None:
+    def __init__(self, config: DataBuildConfig, out: Path, saved: dict[str, Any] | None = None) -> None:
         self.build = Build(config, out)
+        self.shards: dict[str, list[Shard]]
+        self.files: dict[str, dict[str, InputFile]]
+        if saved is not None:
+            self.shards = {name: [_shard(one) for one in own] for name, own in saved["shards"].items()}
+            self.files = {
+                where: {name: InputFile(**file) for name, file in own.items()} for where, own in saved["files"].items()
+            }
+            return
         self.shards = {name: list_shards(config, name) for name in config.sources}
         refuse_shared_files(config, self.shards)
         self.files = self._files()
+
+    def save(self, path: Path) -> None:
+        """Write what the inputs look like, for processes that shall not all look for themselves."""
+        write_json(path, {"shards": plain(self.shards), "files": plain(self.files)})
 
     def _files(self) -> dict[str, dict[str, InputFile]]:
         """Every input file as it is now, by the field that names it and by its name there."""
@@ -89,7 +110,7 @@ class Plan:
             for file in files.values():
                 refuse_change(file)
 
-    def inputs_by_field(self, hashes: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def inputs_by_field(self, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Every input with size and hash, by the field that names it and the file's name there: for the manifest."""
         return {
             where: {name: {"bytes": file.bytes, "sha256": hashes[file.path]} for name, file in files.items()}
@@ -100,11 +121,18 @@ class Plan:
         """The bytes of every input: what can be told of it without reading it."""
         return {where: {name: file.bytes for name, file in files.items()} for where, files in self.files.items()}
 
-    def stages(self, hashes: dict[str, str], intact: frozenset[str] = frozenset()) -> list[Stage]:
+    def know(self, facts: Sequence[dict[str, Any]]) -> dict[str, str]:
+        """Take what the first stage found; returns the hashes of the input files, by path."""
+        stage = self.inputs()
+        lines = lines_of(stage, facts)
+        self.shards = {name: numbered(own, lines) for name, own in self.shards.items()}
+        return {file.path: found["sha256"] for file, found in zip(stage.tasks, facts, strict=True)}
+
+    def stages(self, hashes: Mapping[str, str], intact: frozenset[str] = frozenset()) -> list[Stage]:
         """All stages after the first.
 
         Args:
-            hashes: of the input files, by path; the names and sizes of the stages do not depend on them.
+            hashes: of the input files, see `know`; the names and sizes of the stages do not depend on them.
             intact: sources of a finished build that need not be made again.
         """
         found = versions((file for files in self.files.values() for file in files.values()), hashes)
@@ -113,7 +141,8 @@ class Plan:
         corpora = (trained.corpora or config.sources) if trained else []
         read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
         tokenizer = {**base, "inputs": self._versions(found, read)}
-        stages = [Stage(TOKENIZER, [corpora], self._work(make_tokenizer), tokenizer)]
+        beginnings = [self.shards[name] for name in corpora]
+        stages = [Stage(TOKENIZER, [beginnings], self._work(make_tokenizer), tokenizer)]
         cleaning = self._cleaning(found)
         removals = self._removals(cleaning)
         pieces = self._pieces(found, {**base, "tokenizer": hash_json(tokenizer)}, removals)
@@ -202,3 +231,8 @@ class Plan:
         skip = frozenset(number for number, task in enumerate(tasks) if task.name in intact)
         sweep = partial(drop_pieces, self.build)
         return Stage(JOIN, tasks, self._work(join), {"format": FORMAT}, sweep=sweep, skip=skip)
+
+
+def _shard(values: dict[str, Any]) -> Shard:
+    part = values["part"]
+    return Shard(**{**values, "part": part and tuple(part)})

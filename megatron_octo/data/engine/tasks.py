@@ -14,7 +14,7 @@ from megatron_octo.config.data import DataBuildConfig, expand_path
 from megatron_octo.data.clean.removals import LEAK, Removal, read_removals
 from megatron_octo.data.clean.stages import REMOVALS
 from megatron_octo.data.corpora.read import Accounts, ShardReader
-from megatron_octo.data.corpora.shard import Shard, list_shards
+from megatron_octo.data.corpora.shard import Shard
 from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.stage import FILES, facts_of, record_path
@@ -89,8 +89,8 @@ class Corpus:
     made_from: str
 
 
-def make_tokenizer(build: Build, corpora: list[str]) -> dict[str, Any]:
-    """Train the tokenizer on the beginnings of corpora, or copy the given one, into the result.
+def make_tokenizer(build: Build, corpora: list[list[Shard]]) -> dict[str, Any]:
+    """Train the tokenizer on the beginnings of corpora, each its shards, or copy the given one, into the result.
 
     Returns:
         Its hash, vocabulary, end-of-text token and files.
@@ -124,15 +124,15 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
         shutil.copyfile(file, out / (SENTENCE_PIECE if file == source else file.name))
 
 
-def _train_tokenizer(config: DataBuildConfig, corpora: list[str], out: Path) -> None:
+def _train_tokenizer(config: DataBuildConfig, corpora: list[list[Shard]], out: Path) -> None:
     from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     train = config.tokenizer.train
     assert train is not None
 
     def beginnings() -> Iterator[str]:
-        for name in corpora:
-            documents = chain.from_iterable(ShardReader(config, shard) for shard in list_shards(config, name))
+        for shards in corpora:
+            documents = chain.from_iterable(ShardReader(config, shard) for shard in shards)
             yield from (document.text for document in islice(documents, train.documents))
 
     train_tokenizer(beginnings(), train.vocabulary_size, out)
