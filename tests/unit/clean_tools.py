@@ -57,8 +57,8 @@ def clean(corpora: dict[str, list[list[str]]], work: Path, executor: Any = None,
     known = versions(seen, {file.path: hash_file(Path(file.path)) for file in seen})
     run_stages(clean_stages(config, shards, work, known, read_held), work, executor or InProcess())
     for shard in (shard for several in shards.values() for shard in several):
-        for place, removal in read_removals(work, shard).items():
-            assert removal.place == place and removal.document == f"{shard.path}:{place + 1}"
+        for removal in read_removals(work, shard):
+            assert removal.document == f"{shard.path}:{removal.place + 1}"
             found[removal.document] = removal
     return found
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clean_tools import clean, config_of, shards_of
+from datatrove.data import Document
 
 from megatron_octo.data.clean.removals import read_removals
 from megatron_octo.data.clean.stages import clean_stages
-from megatron_octo.data.engine.executors import Workers
+from megatron_octo.data.engine.executors import InProcess, Workers
+from megatron_octo.data.engine.stage import run_stages
+from megatron_octo.data.index.tokenise import without
 
 CORPORA = {
     "web": [["One text.", "Another text.", "one\n  TEXT."], ["A third.", "another text."]],
@@ -41,7 +47,7 @@ def test_order_of_corpora_decides(tmp_path: Path) -> None:
 def test_nothing_asked_nothing_done(tmp_path: Path) -> None:
     assert clean_stages(config_of(), shards_of(CORPORA), tmp_path, {}) == []
     with pytest.raises(FileNotFoundError):  # that nothing is to be left out is said by a file, not by none
-        read_removals(tmp_path, shards_of(CORPORA)["web"][0])
+        list(read_removals(tmp_path, shards_of(CORPORA)["web"][0]))
 
 
 @pytest.mark.timeout(60)
@@ -54,3 +60,34 @@ def test_workers_give_the_same_bytes(tmp_path: Path) -> None:
         for root in (tmp_path / "one", tmp_path / "two")
     )
     assert one == two and any("/removals/" in name and content for name, content in one.items())
+
+
+def _many(shard: Any) -> Iterator[Document]:
+    """10,000 texts; those of the second shard are those of the first, each twice."""
+    for place in range(10_000):
+        text = f"text {place // 2 if shard.number else place} {'of several words ' * 9}"
+        yield Document(text, f"{shard.path}:{place + 1}")
+
+
+@pytest.mark.timeout(60)
+def test_a_duplicate_takes_no_memory_for_its_text(tmp_path: Path) -> None:
+    """Millions of them in one shard must fit a worker: they are told as numbers, and read one at a time."""
+    shards = shards_of({"a": [[], []]})
+    stages = clean_stages(config_of(deduplicate={"partitions": 1}), shards, tmp_path, {}, _many)
+    run_stages(stages[:-1], tmp_path, InProcess())
+    counted: dict[str, int] = {}
+
+    def peak(work: Callable[[], Any]) -> float:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        return (tracemalloc.get_traced_memory()[1] - before) / 10_000
+
+    tracemalloc.start()
+    try:
+        decided = peak(lambda: stages[-1].work(stages[-1].tasks[1]))
+        left_out = peak(lambda: list(without(_many(shards["a"][1]), read_removals(tmp_path, shards["a"][1]), counted)))
+    finally:
+        tracemalloc.stop()
+    assert counted == {"exact_duplicate": 10_000}
+    assert decided < 200 and left_out < 100, "bytes of each"

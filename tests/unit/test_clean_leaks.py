@@ -164,7 +164,9 @@ def test_removals_name_the_question(tmp_path: Path) -> None:
         "a/1.jsonl:2": ("leak", "made/q3"),
         "b/0.jsonl:1": ("leak", "made/q3"),
     }
-    assert words_of(found["a/0.jsonl:2"].excerpt).hashes[:8].tolist() == words_of(asked[3]).hashes[:8].tolist()
+    shown, size = found["a/0.jsonl:2"], len(words_of(asked[3]))
+    assert words_of(shown.excerpt).hashes.tolist() == words_of(leak).hashes.tolist(), "with what stands around it"
+    assert shown.agrees == f"{size} of {size} words in a row, 100% of its n-grams"
     records = [json.loads(path.read_text())["facts"] for path in (tmp_path / "work/records/removals").iterdir()]
     assert sum(facts["leaks"].get("made", 0) for facts in records) == 3
     recall = json.loads((tmp_path / "work/records/recall/00000.json").read_text())["facts"]
@@ -241,7 +243,7 @@ def test_real_gsm8k_train_against_four_benchmarks(tmp_path: Path) -> None:
                        decontaminate={"against": against, "measure": 40})  # fmt: skip
     shards = list_shards(config, "train")
     facts = run_stages(clean_stages(config, {"train": shards}, tmp_path, {}), tmp_path, InProcess())
-    found = [removal for shard in shards for removal in read_removals(tmp_path, shard).values()]
+    found = [removal for shard in shards for removal in read_removals(tmp_path, shard)]
     assert [(removal.document, removal.reason, removal.other) for removal in found] == [
         (f"train/train.jsonl:{line}", "leak", "gsm8k/gsm8k-test-602") for line in (1315, 5163)
     ], "and none of them is there twice, or nearly"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datatrove.data import Document
 
 from megatron_octo.config.index import IndexConfig
+from megatron_octo.data.clean.removals import Removal
 from megatron_octo.data.index.encode import Encoder, load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.pairs import read_index
@@ -90,14 +90,12 @@ def test_a_piece_that_was_altered_is_not_joined(tmp_path: Path, encoder: Encoder
 
 def test_what_was_removed_is_left_out_and_counted() -> None:
     counted: dict[str, int] = {}
-    removals = {
-        1: SimpleNamespace(reason="leak"),
-        3: SimpleNamespace(reason="leak"),
-        4: SimpleNamespace(reason="heldout"),
-    }
+    removals = [Removal(place, reason, "", "", "") for place, reason in ((1, "leak"), (3, "leak"), (4, "heldout"))]
     documents = _documents(6)
     assert list(without(documents, removals, counted)) == [documents[0], documents[2], documents[5]]
     assert counted == {"leak": 2, "heldout": 1}
+    with pytest.raises(AssertionError, match="comes after a later place: it would stay"):
+        list(without(documents, [removals[1], removals[0]], {}))
 
 
 def test_a_shuffled_file_is_searched_too(tmp_path: Path, encoder: Encoder) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from megatron_octo.config.data import DataBuildConfig
-from megatron_octo.data.clean.names import read_numbers
+from megatron_octo.data.clean.names import read_names
 from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.removals import read_removals, removals_path
 from megatron_octo.data.clean.stages import SIGNATURES, clean_facts, clean_stages, open_shard
@@ -96,16 +96,17 @@ def write_records(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     import zstandard
 
     shard = part.shard
-    removals = read_removals(cleaning.work, shard)
-    numbers = np.delete(read_numbers(cleaning.path("ids", part.number)), list(removals))
+    removed = np.fromiter((removal.place for removal in read_removals(cleaning.work, shard)), np.int64)
+    kept = np.delete(read_names(cleaning.path("ids", part.number))[1], removed)
     path = cleaning.work / RESULT / shard.corpus / f"{shard.number:05}.jsonl.zst"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = set(numbers.tolist())
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
     with replacing(path) as temporary, temporary.open("wb") as file, compressor.stream_writer(file) as stream:
+        row = 0
         for number, line in _records(shard):
-            if number in kept:
+            if row < len(kept) and kept[row] == number:
                 stream.write(line + b"\n")
+                row += 1
     return {"documents": len(kept), "sha256": hash_file(path), FILES: cleaning.files(path)}
 
 

@@ -201,6 +201,10 @@ class LeakIndex:
         hashes[self._numbers.places(words.hashes)] = _ANY
         return hashes
 
+    def size(self, question: int) -> int:
+        """How many words a question has."""
+        return len(self._words[question])
+
     def suspects(self, batch: Batch) -> list[int]:
         """Which texts of a batch need a closer look; all others touch no question."""
         words = batch.words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,13 @@ class Names:
         write_bytes(path, self._prefix.encode() + b"\n" + self._numbers)
 
 
-def read_names(path: Path, places: np.ndarray) -> list[str]:
-    """The ids of the documents at some places of a shard."""
-    prefix, numbers = _read(path)
-    return [f"{prefix}:{number}" for number in numbers[places].tolist()]
+def read_names(path: Path) -> tuple[str, np.ndarray]:
+    """The ids of a shard's documents: what they share, and the lines or rows in order; str and uint64 [documents].
 
-
-def read_numbers(path: Path) -> np.ndarray:
-    """The lines or rows of a shard's documents, in order; uint64 [documents]."""
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[str, np.ndarray]:
+    The numbers stay in the file until they are asked for.
+    """
     with path.open("rb") as file:
-        prefix = file.readline()[:-1].decode()
-        return prefix, np.frombuffer(file.read(), "<u8")
+        prefix = file.readline()
+        empty = file.seek(0, os.SEEK_END) == len(prefix)
+    numbers = np.empty(0, "<u8") if empty else np.memmap(path, "<u8", "r", offset=len(prefix))
+    return prefix[:-1].decode(), numbers

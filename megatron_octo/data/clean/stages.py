@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.data.clean.decide import decide
 from megatron_octo.data.clean.questions import benchmark_file, located
 from megatron_octo.data.clean.tasks import (
     EXAMPLES,
     Bucket,
     Cleaning,
     Part,
-    decide,
     find_duplicates,
     join_clusters,
     look,
@@ -26,7 +26,7 @@ from megatron_octo.data.corpora.shard import reading_of, real_path
 from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import Stage
 
-FORMAT = 4
+FORMAT = 5
 """Part of what every stage is made from: raised when the same settings and inputs give another result."""
 
 RECALL, SIGNATURES, DUPLICATES, BUCKETS, CLUSTERS, REMOVALS = (

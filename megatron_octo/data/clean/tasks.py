@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_octo.config.data import DataBuildConfig
-from megatron_octo.data.clean.exact import Keys, duplicates, pairs_of
-from megatron_octo.data.clean.index import LeakIndex
+from megatron_octo.data.clean.exact import Keys, duplicates
+from megatron_octo.data.clean.index import LeakIndex, Match
 from megatron_octo.data.clean.measure import index_of, measure
-from megatron_octo.data.clean.names import Names, read_names
+from megatron_octo.data.clean.names import Names
 from megatron_octo.data.clean.near import Signatures, candidates_path, cluster, find_candidates
-from megatron_octo.data.clean.removals import (
-    CLEAN,
-    EXACT,
-    LEAK,
-    NEAR,
-    Removal,
-    excerpt_of,
-    load_removals,
-    save_removals,
-    write_removals,
-)
-from megatron_octo.data.clean.words import Batch
+from megatron_octo.data.clean.removals import CLEAN, LEAK, SHOWN, Removal, RemovalWriter, excerpt_of
+from megatron_octo.data.clean.words import Batch, Words
 from megatron_octo.data.corpora.read import batches
 from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import FILES, advance
 from megatron_octo.files import write_bytes
 
 _TOGETHER = 1 << 19  # characters of documents that are looked at together
+_AROUND = 12  # words shown before and after a passage
 EXAMPLES = 3
 """Removals of each reason that facts show."""
 
@@ -135,7 +126,8 @@ class _Looking:
         self._signatures = Signatures(cleaning.folder("signatures"), number, near) if near else None
         self._compared = part.alike[0] == number
         self._names = Names()
-        self._leaks: list[Removal] = []
+        self._leaks = RemovalWriter(cleaning.path("leaks", number))
+        self._leaking = 0
         self._near: list[dict[str, Any]] = []  # documents that agree with a question, but not enough
         self._characters = self._touched = 0
 
@@ -143,7 +135,7 @@ class _Looking:
         """Take in some documents."""
         first = len(self._names)
         batch = Batch([document.text for document in documents]) if self._index or self._signatures else None
-        leaks = self._leaking(documents, batch, first) if batch is not None else set()
+        leaks = self._find_leaks(documents, batch, first) if batch is not None else set()
         clean = [number for number in range(len(documents)) if number not in leaks] if self._compared else []
         for document in documents:
             self._names.add(document.id)
@@ -154,7 +146,7 @@ class _Looking:
         if self._signatures is not None and batch is not None:
             self._signatures.add(batch, clean, [first + number for number in clean])
 
-    def _leaking(self, documents: list[Any], batch: Batch, first: int) -> set[int]:
+    def _find_leaks(self, documents: list[Any], batch: Batch, first: int) -> set[int]:
         if self._index is None:
             return set()
         found = set()
@@ -164,25 +156,23 @@ class _Looking:
             if not touched:
                 continue
             match = next((match for match in touched if self._index.is_leak(match)), None)
-            shown = match or touched[0]
-            question = self._index.questions[shown.question].id
-            excerpt = excerpt_of(words.shown(shown.first, shown.words))
-            removal = Removal(first + number, LEAK, documents[number].id, question, excerpt)
+            removal = _leak(self._index, match or touched[0], words, first + number, documents[number].id)
             if match is not None:
                 found.add(number)
-                self._leaks.append(removal)
+                self._leaks.add(removal)
                 continue
             self._touched += 1
             if len(self._near) < EXAMPLES:
-                self._near.append({**asdict(removal), "reason": shown.kind, "coverage": round(shown.coverage, 4)})
+                self._near.append({**asdict(removal), "reason": touched[0].kind})
+        self._leaking += len(found)
         return found
 
     def finish(self) -> dict[str, Any]:
         """Write what is known, and return the facts."""
         cleaning, number = self._cleaning, self._number
-        left = [cleaning.path("ids", number), cleaning.path("leaks", number)]
+        left = [cleaning.path("ids", number), self._leaks.path]
         self._names.write(left[0])
-        save_removals(left[1], self._leaks)
+        self._leaks.finish()
         if self._keys is not None:
             left.append(cleaning.path("hashes", number))
             self._keys.write(left[-1])
@@ -194,13 +184,28 @@ class _Looking:
             asked = Counter(question.id.partition("/")[0] for question in self._index.questions)
             against = cleaning.config.decontaminate.against if cleaning.config.decontaminate else {}
             facts["benchmarks"] = {name: asked.get(name) for name in against}
-            facts |= {"leaks": len(self._leaks), "touched": self._touched, "touched_examples": self._near}
+            facts |= {"leaks": self._leaking, "touched": self._touched, "touched_examples": self._near}
         return {**facts, FILES: cleaning.files(*left)}
 
     def close(self) -> None:
         """Let go of open files."""
+        self._leaks.close()
         if self._signatures is not None:
             self._signatures.close()
+
+
+def _leak(index: LeakIndex, match: Match, words: Words, place: int, document: str) -> Removal:
+    """A document and what it holds of a question: the longest passage, and around it as much as it lacks."""
+    asked = index.size(match.question)
+    around = max(_AROUND, asked - match.words)
+    first, end = max(0, match.first - around), match.first + match.words + around
+    text = excerpt_of(words.shown(first, end - first), SHOWN)
+    if end < len(words) and not text.endswith("..."):
+        text += " ..."
+    agrees = f"{match.words} of {asked} words in a row, {match.coverage:.0%} of its n-grams"
+    agrees += ", with other numbers" if match.kind == "numbers" else ""
+    question = index.questions[match.question].id
+    return Removal(place, LEAK, document, question, f"{'... ' if first else ''}{text}", agrees)
 
 
 def find_duplicates(cleaning: Cleaning, bucket: Bucket) -> dict[str, Any]:
@@ -232,64 +237,3 @@ def _save_pairs(cleaning: Cleaning, path: Path, pairs: np.ndarray) -> dict[str, 
     np.save(content, pairs)
     write_bytes(path, content.getvalue())
     return {"duplicates": len(pairs), FILES: cleaning.files(path)}
-
-
-def decide(cleaning: Cleaning, part: Part) -> dict[str, Any]:
-    """Write what to leave out of a shard; it is read again only where there are duplicates to show."""
-    leaks = _leaks_of(cleaning, part)
-    kept = _duplicates_of(cleaning, part.alike[0])
-    for leak in leaks:
-        kept.pop(leak.place, None)
-    removals = [*leaks, *(_shown(cleaning, part, kept) if kept else [])]
-    path = write_removals(cleaning.work, part.shard, sorted(removals, key=lambda removal: removal.place))
-    examples = [
-        asdict(removal)
-        for reason in (LEAK, EXACT, NEAR)
-        for removal in [removal for removal in removals if removal.reason == reason][:EXAMPLES]
-    ]
-    return {
-        "removed": dict(sorted(Counter(removal.reason for removal in removals).items())),
-        "leaks": dict(sorted(Counter(leak.other.partition("/")[0] for leak in leaks).items())),
-        "examples": examples,
-        FILES: cleaning.files(path),
-    }
-
-
-def _leaks_of(cleaning: Cleaning, part: Part) -> list[Removal]:
-    """Leaks of a shard, in whichever of its renderings they were found."""
-    found = {leak.place: leak for leak in load_removals(cleaning.path("leaks", part.number))}
-    others = [load_removals(cleaning.path("leaks", number)) for number in part.alike if number != part.number]
-    more = {leak.place: leak for several in others for leak in several if leak.place not in found}
-    names = read_names(cleaning.path("ids", part.number), np.array(list(more), np.int64)) if more else []
-    return [*found.values(), *(replace(leak, document=name) for leak, name in zip(more.values(), names, strict=True))]
-
-
-def _duplicates_of(cleaning: Cleaning, number: int) -> dict[int, tuple[str, str]]:
-    """Reason and kept document for each place of a shard that is left out."""
-    same, found = cleaning.config.deduplicate, {}
-    if same is None:
-        return {}
-    exact = [cleaning.path("exact", partition) for partition in range(cleaning.partitions)]
-    for reason, files in ((EXACT, exact), (NEAR, [cleaning.path("near")] if same.near else [])):
-        pairs = pairs_of(files, number)
-        for place, name in zip(pairs["place"].tolist(), _kept_names(cleaning, pairs), strict=True):
-            # the first of a cluster stands for all of it, also for those that are exactly like another of its members
-            found[place] = (found.get(place, (reason,))[0], name)
-    return found
-
-
-def _shown(cleaning: Cleaning, part: Part, kept: dict[int, tuple[str, str]]) -> Iterator[Removal]:
-    for place, document in enumerate(cleaning.read(part.shard)):
-        if place in kept:
-            reason, other = kept[place]
-            yield Removal(place, reason, document.id, other, excerpt_of(document.text))
-
-
-def _kept_names(cleaning: Cleaning, pairs: np.ndarray) -> list[str]:
-    found = [""] * len(pairs)
-    for shard in np.unique(pairs["kept_shard"]).tolist():
-        rows = np.flatnonzero(pairs["kept_shard"] == shard)
-        names = read_names(cleaning.path("ids", shard), pairs["kept_place"][rows])
-        for row, name in zip(rows.tolist(), names, strict=True):
-            found[row] = name
-    return found

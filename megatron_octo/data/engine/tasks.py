@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -159,10 +159,10 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
     return {**facts, FILES: _sizes(build, pair_files(prefix))}
 
 
-def _removals(build: Build, piece: Piece) -> dict[int, Removal]:
+def _removals(build: Build, piece: Piece) -> Iterable[Removal]:
     """What to leave out of a shard, which the task that finds it must have said."""
     if piece.removals is None:
-        return {}
+        return ()
     if facts_of(build.work, REMOVALS, *piece.removals) is None:
         raise DataError(
             f"{piece.shard.path}: nothing says yet what to leave out of it",
@@ -239,7 +239,7 @@ def beyond_budgets(build: Build, cut: Cut) -> dict[str, Any]:
     Neither is in the result then. Duplicates within one corpus do not count: what is kept comes first.
     """
     budgets, tables, lost = build.config.budgets, {}, 0
-    for removal in read_removals(build.work, cut.shard).values():
+    for removal in read_removals(build.work, cut.shard):
         corpus = removal.other.partition("/")[0]
         if removal.reason == LEAK or corpus == cut.shard.corpus or budgets.get(corpus) is None:
             continue

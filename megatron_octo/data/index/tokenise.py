@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,24 @@ BATCH = 1 << 20
 """Characters of a batch, at least; a longer document is a batch of its own."""
 
 
-def without(
-    documents: Iterable[Document], removals: Mapping[int, Removal], counted: dict[str, int]
-) -> Iterator[Document]:
-    """Documents less those whose place is among the removals; each is counted under its reason."""
+def without(documents: Iterable[Document], removals: Iterable[Removal], counted: dict[str, int]) -> Iterator[Document]:
+    """Documents less those that are removed, which are counted under their reason; takes no memory for either.
+
+    Args:
+        documents: of a shard, all from the first.
+        removals: in the order of places.
+        counted: gets the number of removals by reason.
+    """
+    left = iter(removals)
+    following = next(left, None)
     for place, document in enumerate(documents):
-        if removal := removals.get(place):
-            counted[removal.reason] = counted.get(removal.reason, 0) + 1
-        else:
+        if following is None or place < following.place:
             yield document
+            continue
+        if place > following.place:
+            raise AssertionError(f"{following} comes after a later place: it would stay")
+        counted[following.reason] = counted.get(following.reason, 0) + 1
+        following = next(left, None)
 
 
 def write_piece(

@@ -140,7 +140,8 @@ def _beside(removal: dict[str, Any]) -> str:
     """A removal and what it equals; what both have in common is underlined."""
     excerpt, equals, reason = removal["excerpt"], removal["equals"], removal["reason"]
     same = reason in (EXACT, NEAR)
-    gone = "removed" if reason in REASONS else f"kept, {removal.get('coverage', 0):.0%} of its n-grams"
+    agrees = removal.get("agrees")
+    gone = ("removed" if reason in REASONS else "kept") + (f", {shown(agrees)}" if agrees else "")
     other = f"<pre>{mark_common(equals, excerpt)}</pre>" if equals else absent(f"not shown: {removal['absent']}")
     left = mark_common(excerpt, equals) if equals else shown(excerpt)
     return (
