@@ -194,7 +194,7 @@ def test_steps_one_by_one_and_a_changed_threshold(whole: Any, tmp_path: Path) ->
         (tmp_path / "out" / ".work" / "result" / "corpus").mkdir()
         (tmp_path / "out" / ".work" / "result" / "corpus" / "00009.jsonl.zst").write_text("of other settings")
         lower = curate(config(folder / "in", server, classify={"threshold": 0.05}), tmp_path / "out")
-    assert not (tmp_path / "out" / "corpus" / "00009.jsonl.zst").exists()
+    assert not (tmp_path / "out" / "corpus" / "00009.jsonl.zst").exists() and not (tmp_path / "out" / ".work").exists()
     classify = lower["steps"]["classify"]
     assert classify["kept"] > manifest["steps"]["classify"]["kept"]
     assert len(server.requests) == classify["kept"] - manifest["steps"]["classify"]["kept"]

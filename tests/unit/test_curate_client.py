@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 from curate_tools import Reply, Request, serving
 
 from megatron_octo.config.curate import Endpoint, Judge
-from megatron_octo.data.curate.answers import Answer, Log
+from megatron_octo.data.curate.answers import Answer, Answers, Log
 from megatron_octo.data.curate.ask import Forecast, Pile, ask_all
 from megatron_octo.data.curate.client import Client, seconds_of
 from megatron_octo.data.curate.pace import Pace
@@ -41,7 +42,7 @@ def ask_about(url: str, log: Path, count: int, **changes: Any) -> list[str]:
     """Ask about some documents as a step does; returns what was finished."""
     finished: list[str] = []
     documents = [(f"web/a:{number}", f"document {number} x") for number in range(count)]
-    pile = Pile(log, lambda: documents, lambda: finished.append("pile"))
+    pile = Pile(log, lambda pulse: documents, lambda: finished.append("pile"))
     ask_all("judge", [pile], ASKED, endpoint(url, **changes), Forecast.of(ASKED, count, count * 12, 100))
     return finished
 
@@ -236,7 +237,7 @@ def test_no_question_twice(tmp_path: Path) -> None:
         ask_about(server.url, log, 20)
         ask_about(server.url, log, 25)
         assert len(server.requests) == 25
-        twins = Pile(log, lambda: [("a", "document 99 y"), ("b", "document 99 y")], lambda: None)
+        twins = Pile(log, lambda pulse: [("a", "document 99 y"), ("b", "document 99 y")], lambda: None)
         ask_all("judge", [twins], ASKED, endpoint(server.url), Forecast(2, 1, 1))
         assert server.times(99) == 1
     keys = {ASKED.key("x"), ASKED.key("y"), Asked("Say: {text}", 1000, ASKED.settings).key("x")}
@@ -244,6 +245,82 @@ def test_no_question_twice(tmp_path: Path) -> None:
     keys |= {Asked(ASKED.prompt, 1000, settings).key("x") for settings in others}
     assert len(keys) == 4  # the message holds the prompt already: here both are "x"
     assert ASKED.message("x") != Asked("Say: {text}", 1000, ASKED.settings).message("x")
+
+
+def test_a_text_is_asked_about_once_whatever_shards_it_stands_in(tmp_path: Path) -> None:
+    """At the same time in two of them; and later in one of another name, for files are renamed and grow."""
+    finished: list[str] = []
+
+    def pile(name: str, numbers: list[int]) -> Pile:
+        documents = [(f"web/{name}:{number}", f"document {number} x") for number in numbers]
+        return Pile(tmp_path / f"{name}.jsonl", lambda pulse: documents, lambda: finished.append(name))
+
+    def texts(name: str) -> set[str | None]:
+        return {answer.text for answer in answers(tmp_path / f"{name}.jsonl").values()}
+
+    def answer(request: Request, times: int) -> Reply:
+        return Reply(f"about {request.document}, time {times}", seconds=0.02)
+
+    several = {"a": [*range(10)], "b": [*range(5, 15)], "c": [*range(8, 20)]}
+    with serving(answer) as server:
+        piles = [pile(name, numbers) for name, numbers in several.items()]
+        ask_all("judge", piles, ASKED, endpoint(server.url, concurrency=4), Forecast(32, 1, 1))
+        assert sorted(request.document for request in server.requests) == list(range(20))
+        ask_all("judge", [pile("renamed", [*range(20)])], ASKED, endpoint(server.url), Forecast(20, 1, 1))
+        assert len(server.requests) == 20
+    for name, numbers in {**several, "renamed": [*range(20)]}.items():
+        assert texts(name) == {f"about {number}, time 1" for number in numbers}
+    assert sorted(finished) == ["a", "b", "c", "renamed"]
+
+
+def test_answers_are_found_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed or not, in the right one of many logs; a failure is none, and a hash that begins alike is another one."""
+    monkeypatch.setattr("megatron_octo.data.curate.answers._MERGED", 7)
+    keys = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(60)]
+    logs = [tmp_path / f"{number}.jsonl" for number in range(4)]
+    for number, key in enumerate(keys[:50]):
+        with Log(logs[number % 4]) as log:
+            log.add(key, "x", Answer(text=str(number)))
+    with Log(logs[0]) as log:
+        log.add(keys[50], "x", Answer(failure="HTTP 500"))
+    found = Answers(logs)
+    for number, key in enumerate(keys[51:], start=51):
+        with Log(logs[number % 2]) as log:
+            found.add(key, logs[number % 2], log.add(key, "x", Answer(text=str(number))))
+    assert [getattr(found.find(key), "text", None) for key in keys] == [
+        None if number == 50 else str(number) for number in range(60)
+    ]
+    assert found.find(keys[3][:16] + "0" * 16) is None and found.find("f" * 32) is None
+
+
+def test_reading_stalls_no_request(tmp_path: Path) -> None:
+    """Of documents that are left out there may be many between two questions; nobody waits for them."""
+
+    def texts(pulse: Any) -> Any:
+        for number in range(3):
+            yield f"web/a:{number}", f"document {number} x"
+            time.sleep(0.6)
+
+    with serving(lambda *_: FINE) as server:
+        pile = Pile(tmp_path / "log", texts, lambda: None)
+        ask_all("judge", [pile], ASKED, endpoint(server.url, timeout_seconds=0.3, attempts=1), Forecast(3, 1, 1))
+        assert len(server.requests) == 3
+    assert {answer.failure for answer in answers(tmp_path / "log").values()} == {None}
+
+
+def test_reading_ends_when_asking_does(tmp_path: Path) -> None:
+    def texts(pulse: Any) -> Any:
+        yield "web/a:1", "document 1 x"
+        time.sleep(0.2)  # what was read is handed over
+        yield "web/a:2", "document 2 x"
+        while time.monotonic() < began + 10:
+            time.sleep(0.01)
+            pulse()
+
+    began = time.monotonic()
+    with serving(lambda *_: Reply(status=401)) as server, pytest.raises(EnvironmentProblem, match="wants a key"):
+        ask_all("judge", [Pile(tmp_path / "log", texts, lambda: None)], ASKED, endpoint(server.url), Forecast(1, 1, 1))
+    assert time.monotonic() - began < 5
 
 
 def test_a_failure_is_asked_again_and_a_better_answer_counts(tmp_path: Path) -> None:

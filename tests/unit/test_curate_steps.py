@@ -262,7 +262,7 @@ def test_training_gives_the_same_bytes_and_is_repeated_at_a_lower_rate(
 
 
 def _model(folder: Path) -> None:
-    """Train m.bin on `lines` of a folder, with zeroed memory: fastText reads some before it writes it, see `train.fit`."""
+    """Train m.bin on `lines` of a folder, with zeroed memory, which fastText reads unwritten: see `train.fit`."""
     code = "import fasttext as f, sys; f.train_supervised(sys.argv[1], dim=4, thread=1).save_model(sys.argv[2])"
     command = [sys.executable, "-c", code, str(folder / "lines"), str(folder / "m.bin")]
     subprocess.run(command, check=True, env={**os.environ, "MALLOC_PERTURB_": "255"})

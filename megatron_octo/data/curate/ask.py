@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.curate import Endpoint
-from megatron_octo.data.curate.answers import Answer, Log
+from megatron_octo.data.curate.answers import Answer, Answers, Log
 from megatron_octo.data.curate.client import CHARACTERS_PER_TOKEN, Client
 from megatron_octo.data.curate.prompts import Asked
 from megatron_octo.errors import OctoError
 from megatron_octo.progress import Progress
 from megatron_octo.units import format_duration, format_tokens
 
-_BETWEEN = 64  # questions already answered after which others get a turn
+_TOGETHER, _AT_ONCE = 64, 0.1  # documents that are read, or seconds of reading, before they are asked about
+
+Pulse = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Pile:
 
     Args:
         log: file of the answers.
-        texts: opens the documents: ids and texts, the same ones every time.
+        texts: opens the documents: ids and texts, the same ones every time. They are read in a thread of their own;
+            what is called between two documents, also those left out, ends that where nobody waits for them any more.
         finish: called once all have an answer, in a thread of its own.
     """
 
     log: Path
-    texts: Callable[[], Iterable[tuple[str, str]]]
+    texts: Callable[[Pulse], Iterable[tuple[str, str]]]
     finish: Callable[[], Any]
 
 
@@ -119,6 +122,20 @@ class _Open:
         self.known = self.log.answered()
         self.waiting, self.whole = 0, False
 
+    def take(self, key: str) -> None:
+        """Wait for the answer to a question."""
+        self.known.add(key)
+        self.waiting += 1
+
+    def finish(self) -> None:
+        """All have an answer."""
+        self.log.close()
+        self.pile.finish()
+
+
+class _NobodyWaits(Exception):
+    """Reading is for nothing, for asking has ended."""
+
 
 class _Asking:
     """One run over piles: a producer of questions, and as many askers as requests may be under way."""
@@ -130,6 +147,9 @@ class _Asking:
         self._client, self._progress = client, progress
         self._queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=endpoint.concurrency)
         self._open: set[_Open] = set()
+        self._answers = Answers(path for folder in {pile.log.parent for pile in piles} for path in _logs(folder))
+        self._under_way: dict[str, list[tuple[_Open, str]]] = {}
+        self._over = False
         self._began, self._new, self._tokens = time.monotonic(), 0, 0
 
     async def run(self) -> None:
@@ -140,6 +160,7 @@ class _Asking:
                 for _ in range(self._count):
                     self._group.create_task(self._consume())
         finally:
+            self._over = True
             for opened in self._open:
                 opened.log.close()
 
@@ -149,45 +170,78 @@ class _Asking:
         for _ in range(self._count):
             await self._queue.put(None)
 
-    async def _questions(self) -> AsyncIterator[tuple[_Open, str, str, str]]:
+    async def _questions(self) -> AsyncIterator[tuple[str, str]]:
+        """Keys and messages of what has no answer yet, each once, in whatever shards it stands."""
         for pile in self._piles:
-            opened = _Open(pile)
+            opened = await asyncio.to_thread(_Open, pile)
             self._open.add(opened)
-            for seen, (document, text) in enumerate(pile.texts()):
-                if seen % _BETWEEN == 0:
-                    await asyncio.sleep(0)
+            async for document, text in self._read(pile):
                 message = self._asked.message(text)
                 key = self._asked.key(message)
                 if key in opened.known:
                     self._progress.advance(1)
-                    continue
-                opened.known.add(key)
-                opened.waiting += 1
-                yield opened, key, document, message
+                elif (waiting := self._under_way.get(key)) is not None:
+                    opened.take(key)
+                    waiting.append((opened, document))
+                elif (answer := self._answers.find(key)) is not None:
+                    opened.known.add(key)
+                    opened.log.add(key, document, answer)
+                    self._progress.advance(1)
+                else:
+                    opened.take(key)
+                    self._under_way[key] = [(opened, document)]
+                    yield key, message
             opened.whole = True
             self._finish(opened)
 
+    async def _read(self, pile: Pile) -> AsyncIterator[tuple[str, str]]:
+        """The documents of a pile; while they are read, which may take long, others are asked about."""
+        documents = iter(pile.texts(self._pulse))
+        while some := await asyncio.to_thread(_some, documents):
+            for document in some:
+                yield document
+
+    def _pulse(self) -> None:
+        if self._over:
+            raise _NobodyWaits
+
     async def _consume(self) -> None:
         while (question := await self._queue.get()) is not None:
-            opened, key, document, message = question
+            key, message = question
             answer = await self._client.ask(message)
-            opened.log.add(key, document, answer)
-            opened.waiting -= 1
-            self._tell(answer)
-            self._finish(opened)
+            waiting = self._under_way.pop(key)
+            for opened, document in waiting:
+                place = opened.log.add(key, document, answer)
+                if answer.failure is None:
+                    self._answers.add(key, opened.pile.log, place)
+                opened.waiting -= 1
+                self._finish(opened)
+            self._tell(answer, len(waiting))
 
-    def _tell(self, answer: Answer) -> None:
+    def _tell(self, answer: Answer, documents: int) -> None:
         self._new += 1
         self._tokens += sum(answer.tokens)
         spent = max(1e-9, time.monotonic() - self._began)
         facts: dict[str, Any] = {"docs/s": self._new / spent, "tokens_per_second": self._tokens / spent}
         if self._client.again:
             facts["repeated"] = self._client.again
-        self._progress.advance(1, **facts)
+        self._progress.advance(documents, **facts)
 
     def _finish(self, opened: _Open) -> None:
         if not opened.whole or opened.waiting or opened not in self._open:
             return
         self._open.remove(opened)
-        opened.log.close()
-        self._group.create_task(asyncio.to_thread(opened.pile.finish))
+        self._group.create_task(asyncio.to_thread(opened.finish))
+
+
+def _logs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"))
+
+
+def _some(documents: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
+    began, found = time.monotonic(), []
+    for document in documents:
+        found.append(document)
+        if len(found) == _TOGETHER or time.monotonic() - began > _AT_ONCE:
+            break
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,27 @@ def score_shard(curation: Curation, model: Path, sha256: str, part: Part) -> dic
     }
 
 
-def kept_documents(curation: Curation, part: Part) -> Iterator[tuple[Document, float | None]]:
-    """The documents of a shard that the classifier keeps, with their probabilities; all where there is none."""
-    if curation.config.classify is None:
-        for document in read_shard(curation, part):
-            yield document, None
-        return
-    scores = np.load(curation.file(CLASSIFY, part.number, ".npy"))
-    kept = scores >= np.float32(curation.config.classify.threshold)
-    if not kept.any():
-        return
+def kept_documents(
+    curation: Curation, part: Part, pulse: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Document, float | None]]:
+    """The documents of a shard that the classifier keeps, with their probabilities; all where there is none.
+
+    Args:
+        curation: the curation.
+        part: the shard.
+        pulse: called for every document that is read, also those that are not kept.
+    """
+    scores = kept = None
+    if curation.config.classify is not None:
+        scores = np.load(curation.file(CLASSIFY, part.number, ".npy"))
+        kept = scores >= np.float32(curation.config.classify.threshold)
+        if not kept.any():
+            return
     for place, document in enumerate(read_shard(curation, part)):
-        if kept[place]:
+        pulse()
+        if scores is None or kept is None:
+            yield document, None
+        elif kept[place]:
             yield document, round(float(scores[place]), 4)
 
 

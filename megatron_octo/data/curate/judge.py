@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron_octo.data.curate.answers import Answer, Log
-from megatron_octo.data.curate.ask import Forecast, Pile, ask_all
+from megatron_octo.data.curate.ask import Forecast, Pile, Pulse, ask_all
 from megatron_octo.data.curate.parts import (
     Curation,
     Part,
@@ -96,8 +96,9 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
     return {**counts, "positive": positive, "asked": asked.as_json(), "parts": done, **all_left(done)}
 
 
-def _texts(curation: Curation, number: int) -> Iterator[tuple[str, str]]:
+def _texts(curation: Curation, number: int, pulse: Pulse) -> Iterator[tuple[str, str]]:
     for record in read_documents(curation.file(SAMPLE, number, ".jsonl.zst")):
+        pulse()
         yield record["id"], record["text"]
 
 

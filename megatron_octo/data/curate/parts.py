@@ -55,7 +55,7 @@ class Curation:
         return self.result / kind / f"{number:05}.jsonl.zst"
 
     def answers(self, step: str, shard: Shard) -> Path:
-        """The log of a model's answers about one shard; another set of input files does not move it."""
+        """The log of a model's answers about one shard. Where it is cut otherwise, answers of other logs count too."""
         name = f"{shard.corpus}/{shard.name}:{shard.first}:{shard.part}"
         return self.out / "answers" / step / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.jsonl"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_octo.config.curate import Refine
 from megatron_octo.data.curate.answers import Answer, Log
-from megatron_octo.data.curate.ask import Forecast, Pile, ask_all
+from megatron_octo.data.curate.ask import Forecast, Pile, Pulse, ask_all
 from megatron_octo.data.curate.classify import CORPUS, kept_documents
 from megatron_octo.data.curate.judge import all_answered, answered, tell_unanswered, why_not
 from megatron_octo.data.curate.parts import Curation, Part, all_left, count, left, read_shard, total, write_documents
@@ -129,8 +129,8 @@ def _measure(curation: Curation, part: Part) -> dict[str, Any]:
     return {"documents": documents, "characters": characters}
 
 
-def _texts(curation: Curation, part: Part) -> Iterator[tuple[str, str]]:
-    for document, _ in kept_documents(curation, part):
+def _texts(curation: Curation, part: Part, pulse: Pulse) -> Iterator[tuple[str, str]]:
+    for document, _ in kept_documents(curation, part, pulse):
         yield document.id, document.text
 
 

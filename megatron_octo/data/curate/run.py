@@ -83,6 +83,7 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
             return {step: _without(facts, FILES) for step, facts in found.items()}
         manifest = _manifest(curation, inputs, _settings(config, questions), found)
         publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
+        shutil.rmtree(curation.work)
     return manifest
 
 
