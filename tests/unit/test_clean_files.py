@@ -65,6 +65,7 @@ def test_dedup_over_files(tmp_path: Path) -> None:
     arguments = ("dedup", *plain, "--out", tmp_path / "lax", "--against", against, "--skip-bad")
     done = _octo(*arguments)
     assert done.exit_code == 0, done.exception
+    assert not (tmp_path / "lax" / ".work").exists()
     assert done.output.splitlines()[0].startswith("a: 2 of 4 records kept; left out: ")
     assert done.output.splitlines()[1] == "b: 1 of 2 records kept; left out: 1 leak"
     assert _read(tmp_path / "lax/a/00000.jsonl.zst") == [{"text": "one", "year": 1}, {"text": "two \u00e9", "n": [1]}]

@@ -82,6 +82,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
         manifest = {**_manifest(config, inputs, found, shards), "not_read": not_read}
         manifest["files"] |= _gather(work, shards)
         publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
+        shutil.rmtree(work)
     return manifest
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_octo.errors import EnvironmentProblem
-from megatron_octo.files import flush_to_disk, read_json, write_json
+from megatron_octo.files import flush_to_disk, hash_file, read_json, write_json
 
 WORK = ".work"
 RESULT = "result"
@@ -25,9 +26,20 @@ def publish(out: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
         names: files and directories of the result. What else lies there a killed process left.
     """
     work = out / WORK
+    for name in names:
+        _flush(work / RESULT / name)
     write_json(work / RESULT / MANIFEST, manifest)
     write_json(work / _COMPLETE, [*names, MANIFEST])
     finish_publishing(out)
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or a directory with all that is in it, survive a power cut that the manifest survives."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _flush(inside)
+    if path.exists():  # else it is in its place already
+        flush_to_disk(path)
 
 
 def finish_publishing(out: Path) -> None:
@@ -50,8 +62,21 @@ def place(source: Path, target: Path) -> None:
         EnvironmentProblem: a directory stands where a file belongs.
     """
     if source.is_dir() and target.is_dir():
-        shutil.rmtree(target)
+        if _same(source, target):  # a finished build is mended, and this part of it was whole
+            shutil.rmtree(source)
+            return
+        # out of sight in one step, so that nobody meets a half of it
+        target.rename(source.with_name(f".{source.name}.{uuid.uuid4().hex[:12]}.replaced"))
     try:
         source.rename(target)
     except IsADirectoryError:
         raise EnvironmentProblem(f"{target} is a directory, and a file is needed", fix="move it away") from None
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two directories of files hold the same."""
+    names = {path.name for path in one.iterdir()}
+    return names == {path.name for path in other.iterdir()} and all(
+        (one / name).is_file() and (other / name).is_file() and hash_file(one / name) == hash_file(other / name)
+        for name in names
+    )
