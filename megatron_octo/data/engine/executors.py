@@ -20,6 +20,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
@@ -100,7 +101,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(other, _Kept(lock)), daemon=True)
-        with _nothing_to_import():
+        with _nothing_to_import(), _without_interrupts():
             self.process.start()
         other.close()
         self.place: int | None = None
@@ -178,9 +179,21 @@ def _nothing_to_import() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from a process that does not ignore it yet; this one hears of it when the block ends."""
+    resource_tracker.ensure_running()  # else starting it lets signals through
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _serve(pipe: Connection, kept: Any) -> None:
     """What a worker process does: tasks as they come, until the other end of the pipe is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_one_thread()
     heard_by(lambda amount: pipe.send(("advance", amount)))
