@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,45 +25,115 @@ def test_a_few_kills_lose_nothing() -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     figures = json.loads(ended.stdout.splitlines()[-1])
     assert (figures["kills"], figures["lost"], figures["silent"], figures["hangs"]) == (8, 0, 0, 0)
+    assert set(figures["by_kind"]) == {"build", "repair", "dedup", "curate"}
 
 
 @pytest.fixture
-def storm(tmp_path: Path) -> Any:
-    """A storm that knows the truth, and a directory in which it is so."""
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("kill_builds", SCRIPT)
     assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = module.Storm.__new__(module.Storm)
-    found.lost, found.silent, found.hangs, found._folder = [], [], 0, tmp_path
-    found._truth = {"a.bin": b"tokens", "manifest.json": b"{}"}
-    for name, content in found._truth.items():
-        (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / name).write_bytes(content)
-    (tmp_path / "out" / ".work" / "records" / "join").mkdir(parents=True)
-    (tmp_path / "out" / ".work" / "records" / "join" / "00000.json").write_text("{}")
-    (tmp_path / "log.txt").write_text("")
-    found.ended = module.Ended
-    return found
+    return module
 
 
-def test_a_directory_as_it_should_be_is_left_in_peace(storm: Any, tmp_path: Path) -> None:
-    records = storm._judge(tmp_path / "out", storm.ended("killed", 1.0, 1), {})
-    storm._judge(tmp_path / "out", storm.ended("done", 1.0, 1), records)
-    assert (storm.lost, storm.silent, storm.hangs) == ([], [], 0) and len(records) == 1
+class Watched:
+    """A storm that knows the truth, a directory in which it is so, and what it complains of."""
+
+    def __init__(self, tool: ModuleType, folder: Path) -> None:
+        self.storm, self.tool, self.out = tool.Storm.__new__(tool.Storm), tool, folder / "out"
+        self.storm.lost, self.storm.silent, self.storm.hangs, self.storm._folder = [], [], 0, folder
+        self.truth = {"a.bin": b"tokens", "tokenizer/b.json": b"{}", "manifest.json": b"{}"}
+        self.storm._truths, self.storm._starter = {"build": self.truth}, tool.Starter(folder)
+        self.storm._starter.log.write_text("")
+        self.work = tool.Work("build", "build", lambda *_: [])
+        for name, content in self.truth.items():
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.out / name).write_bytes(content)
+
+    def record(self) -> Path:
+        path = self.out / ".work" / "records" / "join" / "00000.json"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        return path
+
+    def judge(self, code: int | None, aim: Any = None, before: Any = None, broken: Any = None) -> dict[Path, int]:
+        ended = self.tool.Ended(code, 1.0, 1, True)
+        return self.storm.judge("run", self.out, self.work, ended, aim, before or {}, {} if broken is None else broken)
+
+    def settle(self) -> list[str]:
+        self.storm.settle("run", self.out, self.work, 1)
+        return self.storm.silent
+
+    @property
+    def found(self) -> Any:
+        return self.storm.lost, self.storm.silent, self.storm.hangs
 
 
-def test_harm_is_noticed(storm: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    storm._judge(out, storm.ended("killed", 1.0, 1), {out / ".work" / "records" / "join" / "00000.json": 5})
-    assert storm.lost == ["out: join/00000 was done again"]
-    storm._judge(out, storm.ended("refused", 1.0, 1), {})
-    assert "does not go on" in storm.lost[1]
-    storm._judge(out, storm.ended("hung", 1.0, 1), {})
-    assert storm.hangs == 1 and storm.silent == []
-    (out / "a.bin").write_bytes(b"tokans")
-    storm._judge(out, storm.ended("killed", 1.0, 1), {})
-    assert "a.bin is in its place" in storm.silent[0]
-    (out / "a.bin").unlink()
-    storm._judge(out, storm.ended("killed", 1.0, 1), {})
-    assert "manifest.json is in its place" in storm.silent[1]
+@pytest.fixture
+def watched(tool: ModuleType, tmp_path: Path) -> Watched:
+    return Watched(tool, tmp_path)
+
+
+def test_a_directory_as_it_should_be_is_left_in_peace(watched: Watched) -> None:
+    path = watched.record()
+    records = watched.judge(-9, watched.tool.Aim("started", "KILL"))
+    assert list(records) == [path]
+    for code, aim in ((143, ("all", "TERM")), (130, ("all", "INT")), (5, ("worker", "KILL")), (0, ("all", "KILL"))):
+        watched.judge(code, watched.tool.Aim(*aim), records)
+    shutil.rmtree(watched.out / ".work")
+    assert watched.settle() == [] and watched.found == ([], [], 0)
+
+
+def test_harm_is_noticed(watched: Watched) -> None:
+    path, storm = watched.record(), watched.storm
+    watched.judge(0, before={path: 5})
+    assert storm.lost == ["run: join/00000 was done again"]
+    for code, aim in ((3, None), (3, ("all", "INT")), (1, ("worker", "KILL")), (143, ("started", "KILL"))):
+        storm.lost.clear()
+        watched.judge(code, aim and watched.tool.Aim(*aim))
+        assert f"ends with {code}" in storm.lost[0], (code, aim)
+    storm.lost.clear()
+    storm._starter.log.write_text("Traceback (most recent call last):")
+    watched.judge(0)
+    assert "with a traceback" in storm.lost[0] and storm.silent == []
+    watched.judge(None)
+    assert storm.hangs == 1
+    (watched.out / "a.bin").write_bytes(b"tokans")
+    watched.judge(0)
+    assert "a.bin is not as it should be" in storm.silent[0]
+    (watched.out / "a.bin").unlink()
+    watched.judge(0)
+    assert "a.bin is not as it should be" in storm.silent[1], "it is missing beside a manifest"
+
+
+def test_what_is_broken_on_purpose_may_be_so_until_it_is_mended(watched: Watched) -> None:
+    for name in watched.truth:
+        (watched.out / name).unlink()
+    broken = sys.modules["killed_work"].damage(watched.out, watched.truth, random.Random(3))
+    assert broken and all(watched.truth[name] != content for name, content in broken.items())
+    watched.judge(0, broken=broken)
+    assert watched.storm.silent == []
+    for name in list(broken):
+        (watched.out / name).write_bytes(watched.truth[name])
+    watched.judge(0, broken=broken)
+    assert broken == {} and watched.storm.silent == []
+    (watched.out / "a.bin").write_bytes(b"")
+    watched.judge(0, broken=broken)
+    assert len(watched.storm.silent) == 1
+
+
+def test_what_is_left_behind_is_noticed(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched.tool, "GRACE", 0.3)
+    watched.record()
+    (watched.storm._starter.temporary / "file").write_text("")
+    (watched.out / "more.bin").write_text("")
+    sleeping = subprocess.Popen(["sleep", "60"], env={**os.environ, **dict([watched.tool.MARK])})
+    try:
+        said = " ".join(watched.settle())
+    finally:
+        sleeping.kill()
+        sleeping.wait()
+    for words in ("has other files", ".work is left behind", "tmp/file is left behind", "left behind: sleep 60"):
+        assert words in said
