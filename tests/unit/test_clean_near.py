@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import re
 import resource
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from clean_tools import clean
 from datatrove.data import Document
 
 from megatron_octo.config.clean import NearDuplicates
-from megatron_octo.data.clean.near import Signatures, cluster, datatrove_config
+from megatron_octo.data.clean import pairs
+from megatron_octo.data.clean.near import Signatures, datatrove_config, signature_path, signature_type
+from megatron_octo.data.clean.pairs import cluster, find_candidates
 from megatron_octo.data.clean.words import Batch, ngrams, words_of
 from megatron_octo.data.engine.executors import Workers
 from megatron_octo.errors import machine_problem
@@ -114,14 +119,74 @@ def test_signatures_are_datatroves(tmp_path: Path) -> None:
         assert path.read_bytes() == other.read_bytes() and path.stat().st_size == 12 * 36
 
 
+def _bucket(folder: Path, settings: NearDuplicates, shards: int, each: int) -> list[Path]:
+    """Signatures of one bucket out of few values, so that many agree wholly, and more in their first hash alone."""
+    draw, record = np.random.default_rng(0), signature_type(settings)
+    paths = [signature_path(folder, 0, number) for number in range(shards)]
+    paths[0].parent.mkdir(parents=True)
+    for path in paths:
+        found = np.empty(each if path != paths[3] else 0, record)
+        found["place"] = np.arange(len(found))
+        found["hashes"] = draw.integers(0, 40, found["hashes"].shape) ** 4
+        found["hashes"][:, 2:] = 7
+        found[np.lexsort([found["place"], *found["hashes"].T[::-1]])].tofile(path)
+    return paths
+
+
+@pytest.mark.parametrize("together", [1 << 18, 300, 7])
+def test_pairs_are_datatroves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """The same file that datatrove writes, byte for byte, in however many ranges the signatures are read."""
+    from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
+
+    settings = NearDuplicates(buckets=1, hashes_per_bucket=4)
+    _bucket(tmp_path / "signatures", settings, 9, 200)
+    config = datatrove_config(settings)
+    MinhashDedupBuckets(str(tmp_path / "signatures"), str(tmp_path / "theirs"), config=config).run(None, 0, 1)
+    monkeypatch.setattr(pairs, "_TOGETHER", together)
+    ours = find_candidates(tmp_path / "signatures", tmp_path / "ours", 0, 9, settings)
+    assert ours.read_bytes() == (tmp_path / "theirs" / ours.name).read_bytes()
+    assert 400 < ours.stat().st_size // 16 < 1600
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    settings = NearDuplicates(buckets=1, hashes_per_bucket=4)
+    _bucket(tmp_path, settings, 80, 30)
+    code = (
+        "import pathlib, resource, sys; from megatron_octo.config.clean import NearDuplicates\n"
+        "from megatron_octo.data.clean.pairs import find_candidates\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); folder = pathlib.Path(sys.argv[1])\n"
+        "settings = NearDuplicates(buckets=1, hashes_per_bucket=4)\n"
+        "print(find_candidates(folder, folder / 'pairs', 0, 80, settings).stat().st_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+
+
 def test_cluster_of_a_long_chain(tmp_path: Path) -> None:
     links = [(0, number, 0, number + 1) for number in range(500)] + [(2, 7, 1, 9), (1, 9, 3, 0)]
     random.Random(0).shuffle(links)
-    np.array(links, "<u4").tofile(tmp_path / "pairs")
-    pairs = cluster([tmp_path / "pairs"])
-    assert len(pairs) == 502
-    assert {tuple(pair)[2:] for pair in pairs.tolist() if pair[0] == 0} == {(0, 0)}
-    assert [tuple(pair) for pair in pairs.tolist() if pair[0]] == [(2, 7, 1, 9), (3, 0, 1, 9)]
+    np.array(links, "<u4").tofile(tmp_path / "whole")
+    buckets = [tmp_path / str(number) for number in range(4)]
+    for number, path in enumerate(buckets):
+        np.array(links[number::4], "<u4").tofile(path)
+    found = cluster([tmp_path / "whole"])
+    assert len(found) == 502
+    assert {tuple(pair)[2:] for pair in found.tolist() if pair[0] == 0} == {(0, 0)}
+    assert [tuple(pair) for pair in found.tolist() if pair[0]] == [(2, 7, 1, 9), (3, 0, 1, 9)]
+    assert (cluster(buckets) == found).all(), "links that join clusters may be in any bucket"
+
+
+def test_a_pair_of_many_buckets_is_joined_once(tmp_path: Path) -> None:
+    """Equal documents are a pair in each of 14 buckets; memory is that of two of them."""
+    pair = np.zeros((20_000, 4), "<u4")
+    pair[:, 2], pair[:, 1], pair[:, 3] = 1, np.arange(20_000), np.arange(20_000)
+    pair.tofile(tmp_path / "pairs")
+    tracemalloc.start()
+    try:
+        assert len(cluster([tmp_path / "pairs"] * 14)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 300 * 20_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_signatures_written_twice_at_once_are_whole(tmp_path: Path) -> None:

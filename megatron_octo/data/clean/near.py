@@ -1,4 +1,4 @@
-"""Near duplicates by MinHash, on datatrove's hash functions, its file of signatures and its search in buckets.
+"""Signatures of documents by MinHash, with datatrove's hash functions and in its files.
 
 Ours is what the words are: those of `words`, with numbers as they stand, since texts that differ in numbers are
 different problems here. Ours is also what is kept of a cluster: the first document in the order of the build, not
@@ -7,8 +7,6 @@ whichever gathered most others.
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import uuid
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +14,6 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_octo.config.clean import NearDuplicates
-from megatron_octo.data.clean.exact import PAIR, in_order
 from megatron_octo.data.clean.words import Batch, ngrams
 
 _MERSENNE = np.uint64((1 << 61) - 1)
@@ -36,8 +33,8 @@ class Signatures:
         from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 
         self._settings = settings
-        self._record = np.dtype([("hashes", "<u8", settings.hashes_per_bucket), ("place", "<u4")])
-        self.paths = [_signature_path(folder, bucket, number) for bucket in range(settings.buckets)]
+        self._record = signature_type(settings)
+        self.paths = [signature_path(folder, bucket, number) for bucket in range(settings.buckets)]
         multiply, add = MinhashDedupSignature(str(folder), datatrove_config(settings), _no_words()).parameters
         self._functions = list(zip(multiply[0], add[0], strict=True))
         for path in self.paths:
@@ -89,7 +86,13 @@ class Signatures:
             temporary.unlink(missing_ok=True)
 
 
-def _signature_path(folder: Path, bucket: int, number: int) -> Path:
+def signature_type(settings: NearDuplicates) -> np.dtype:
+    """What a file of signatures holds for each document."""
+    return np.dtype([("hashes", "<u8", (settings.hashes_per_bucket,)), ("place", "<u4")])
+
+
+def signature_path(folder: Path, bucket: int, number: int) -> Path:
+    """Where a shard's part of a bucket is."""
     return folder / f"bucket_{bucket:03d}" / f"{number:05d}.minhash.sig"
 
 
@@ -116,72 +119,6 @@ def minima(shingles: np.ndarray, starts: np.ndarray, functions: list[tuple[np.ui
     return found.T
 
 
-def find_candidates(folder: Path, out: Path, bucket: int, shards: int, settings: NearDuplicates) -> Path:
-    """Find the documents that share a bucket, by datatrove's merge of all shards' signatures; memory: none.
-
-    Args:
-        folder: of `Signatures`.
-        out: where datatrove writes the pairs it finds.
-        bucket: which one.
-        shards: how many there are; signatures of others are of inputs that are no more, and deleted.
-        settings: how documents are compared.
-
-    Returns:
-        The file of pairs.
-    """
-    from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
-    from loguru import logger
-
-    known = {_signature_path(folder, bucket, number) for number in range(shards)}
-    for path in (folder / f"bucket_{bucket:03d}").glob("*"):
-        if path not in known:
-            path.unlink()
-    own, found = out / f".{bucket:05d}.{uuid.uuid4().hex[:12]}", candidates_path(out, bucket)
-    try:
-        with _quiet(logger):
-            MinhashDedupBuckets(str(folder), str(own), config=datatrove_config(settings)).run(
-                None, bucket, settings.buckets
-            )
-        candidates_path(own, bucket).replace(found)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-    return found
-
-
-def candidates_path(out: Path, bucket: int) -> Path:
-    """Where datatrove writes the pairs of a bucket."""
-    return out / f"{bucket:05d}_00.dups"
-
-
-def cluster(files: list[Path]) -> np.ndarray:
-    """Join pairs to clusters, and name the first document of each as the one that is kept.
-
-    Args:
-        files: pairs of documents that share a bucket, of all buckets.
-
-    Returns:
-        PAIR [documents left out], ordered. Memory: about 100 bytes for each pair.
-    """
-    pairs = np.concatenate([np.empty((0, 4), "<u4"), *(np.fromfile(path, "<u4").reshape(-1, 4) for path in files)])
-    ends = (pairs[:, 0::2].astype(np.uint64) << np.uint64(32)) | pairs[:, 1::2]
-    documents, edges = np.unique(ends, return_inverse=True)
-    edges = edges.reshape(-1, 2)
-    first = np.arange(len(documents))
-    while True:
-        least = np.minimum(first[edges[:, 0]], first[edges[:, 1]])
-        before = first.copy()
-        np.minimum.at(first, before[edges[:, 0]], least)
-        np.minimum.at(first, before[edges[:, 1]], least)
-        first = first[first]
-        if np.array_equal(first, before):
-            break
-    out = np.flatnonzero(first != np.arange(len(documents)))
-    found, low = np.empty(len(out), PAIR), np.uint64(0xFFFFFFFF)
-    for names, chosen in ((("shard", "place"), documents[out]), (("kept_shard", "kept_place"), documents[first[out]])):
-        found[names[0]], found[names[1]] = chosen >> np.uint64(32), chosen & low
-    return in_order(found)
-
-
 def datatrove_config(settings: NearDuplicates) -> Any:
     """The settings as datatrove has them."""
     from datatrove.pipeline.dedup.minhash import MinhashConfig
@@ -194,13 +131,3 @@ def _no_words() -> Any:
     from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
     return WhitespaceTokenizer()
-
-
-@contextlib.contextmanager
-def _quiet(logger: Any) -> Any:
-    """Keep datatrove from telling how it goes on; what fails is raised."""
-    logger.disable("datatrove")
-    try:
-        yield
-    finally:
-        logger.enable("datatrove")

@@ -16,7 +16,8 @@ from megatron_octo.data.clean.exact import Keys, duplicates
 from megatron_octo.data.clean.index import LeakIndex, Match
 from megatron_octo.data.clean.measure import index_of, measure
 from megatron_octo.data.clean.names import Names
-from megatron_octo.data.clean.near import Signatures, candidates_path, cluster, find_candidates
+from megatron_octo.data.clean.near import Signatures
+from megatron_octo.data.clean.pairs import candidates_path, cluster, find_candidates
 from megatron_octo.data.clean.removals import CLEAN, LEAK, SHOWN, Removal, RemovalWriter, excerpt_of
 from megatron_octo.data.clean.words import Batch, Words
 from megatron_octo.data.corpora.read import batches
