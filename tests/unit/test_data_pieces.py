@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_a_piece_that_was_altered_is_not_joined(tmp_path: Path, encoder: Encoder
         join_pieces([tmp_path / "piece"], tmp_path / "web", hashes=[facts["blake3"]])
     assert not [path for path in pair_files(tmp_path / "web") if path.exists()]
     join_pieces([tmp_path / "piece"], tmp_path / "web")
+
+
+def test_a_small_budget_is_not_read_far_beyond(tmp_path: Path, encoder: Encoder) -> None:
+    """Of an endless source, such as generated text."""
+    read, endless = itertools.count(), _documents(40)
+    documents = (endless[next(read) % 40] for _ in itertools.repeat(None))
+    facts = write_piece(documents, tmp_path / "piece", encoder, {}, limit=20_000)
+    assert 20_000 <= facts["tokens"] < 26_000 and next(read) == facts["documents"]
 
 
 def test_what_was_removed_is_left_out_and_counted() -> None:

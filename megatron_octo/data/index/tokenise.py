@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BATCH = 1 << 20
 """Characters of a batch, at least; a longer document is a batch of its own."""
+_SMALL = 1 << 12
+_BUDGET = 8  # batches that a small budget is cut into, at least, so that reading ends near it
 
 
 def without(documents: Iterable[Document], removals: Iterable[Removal], counted: dict[str, int]) -> Iterator[Document]:
@@ -66,8 +68,9 @@ def write_piece(
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     table = TableWriter()
+    size = BATCH if limit is None else min(BATCH, max(_SMALL, limit // _BUDGET))
     with IndexedWriter(prefix, encoder.vocabulary, encoder.rows, shared=True) as writer:
-        for batch in batches(documents, BATCH):
+        for batch in batches(documents, size):
             _write_batch(batch, writer, table, encoder, skipped)
             if limit is not None and writer.tokens >= limit:
                 break
