@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -99,13 +100,20 @@ def machine_problem(error: Exception) -> EnvironmentProblem | None:
     if number in _TOO_MANY:
         return EnvironmentProblem(
             f"{place}{os.strerror(number).lower()}",
-            "near duplicates are searched in a file of every shard at once",
-            "raise the limit with `ulimit -n 65536`, or have fewer, larger files",
+            _open_files(number),
+            "raise it with `ulimit -n 65536`, or, where the files of a corpus are many, have fewer and larger ones",
         )
     if number in _NO_PLACE:
         reason = os.strerror(number).lower()
         return EnvironmentProblem(f"{place[:200]}{reason}", fix="give it a shorter name")
     return None
+
+
+def _open_files(number: int) -> str:
+    """Which limit is reached."""
+    if number == errno.ENFILE:
+        return "all processes of this machine together reached the limit of open files (sysctl fs.file-max)"
+    return f"one process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open at once here (ulimit -n)"
 
 
 def no_space(place: object = None, reason: str = "no space left on device") -> EnvironmentProblem:

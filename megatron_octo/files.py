@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -16,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from megatron_octo.errors import EnvironmentProblem, machine_problem
 from megatron_octo.locations import reaching
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 """File of a directory that its one writer holds; its text is that process's id."""
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _CHUNK = 1 << 20
 _WRITE = 1 << 16
 
@@ -140,6 +143,22 @@ def read_json(path: Path) -> Any:
         return None
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in words that the file a user asked for cannot be written.
+
+    Raises:
+        EnvironmentProblem: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)  # not the temporary name
+        raise machine_problem(error) or EnvironmentProblem(
+            f"{path}: cannot be written ({(error.strerror or str(error)).lower()})", fix="name another --out"
+        ) from None
+
+
 def hold(directory: Path, patience: float = 0.0) -> IO[str]:
     """Claim a directory for this process; the kernel lets go when the process ends, however it ends.
 
@@ -152,6 +171,7 @@ def hold(directory: Path, patience: float = 0.0) -> IO[str]:
 
     Raises:
         BlockingIOError: another process holds it; the error's `strerror` is that process's id.
+        EnvironmentProblem: its file system has no locks.
         OSError: the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,6 +187,15 @@ def hold(directory: Path, patience: float = 0.0) -> IO[str]:
                 with lock:
                     raise BlockingIOError(error.errno, lock.read().strip() or "unknown") from None
             time.sleep(0.1)
+        except OSError as error:
+            lock.close()
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise EnvironmentProblem(
+                f"{directory}: its file system gives no locks ({os.strerror(error.errno).lower()})",
+                "a lock keeps a second process from writing there",
+                "have it mounted with locks (Lustre: -o flock; NFS: a running lockd), or name another place",
+            ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()

@@ -159,9 +159,10 @@ def _clean(values: dict[str, Any], out: Path, workers: int | None, as_json: bool
 
 def _measure(settings: Decontaminate, seed: int, sample: int | None, out: Path | None, as_json: bool) -> None:
     from megatron_octo.data.clean.measure import measure, table_lines
-    from megatron_octo.files import write_json
+    from megatron_octo.files import write_json, writing
 
     facts = measure(settings, seed, sample)
     if out is not None:
-        write_json(out / "recall.json", facts)
+        with writing(out):
+            write_json(out / "recall.json", facts)
     print_json(facts) if as_json else typer.echo("\n".join(table_lines(facts)))

@@ -215,4 +215,4 @@ def test_too_many_open_files_is_one_line(tmp_path: Path) -> None:
             Signatures(tmp_path, 1, NearDuplicates(buckets=14))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert re.search("too many open files.*ulimit -n", str(machine_problem(caught.value)))
+    assert re.search("too many open files; one process may have .*ulimit -n", str(machine_problem(caught.value)))

@@ -142,6 +142,13 @@ MISTAKES = [
         ["'dask'", "local, ray or slurm"],
     ),
     (["data", "work", "data.yaml", "--out", "d", "--stage", "join", "--share", "2"], 2, ["--share 2", "0/8"]),
+    (["data", "build", "data.yaml", "--out", "/proc/d"], 6, ["/proc/d: cannot be made", "another --out"]),
+    (["data", "dedup", "problems.jsonl", "--out", "/proc/d"], 6, ["/proc/d: cannot be made", "another --out"]),
+    (
+        ["data", "decontaminate", "--against", "gsm8k=problems.jsonl", "--measure", "--out", "/proc/d"],
+        6,
+        ["/proc/d: cannot be written", "another --out"],
+    ),
     (["data", "inspect", "gone"], 3, ["gone.bin", "octo data build"]),
     (["eval", "run", "eval-nothing.yaml"], 3, ["empty.jsonl", "holds no problem"]),
     (["eval", "grade", "cut.jsonl"], 3, ["cut.jsonl line 1", "not JSON"]),

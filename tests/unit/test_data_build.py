@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -179,6 +181,16 @@ def test_changed_input_is_refused(built: Path, tmp_path: Path) -> None:
 def test_second_writer_is_refused(tmp_path: Path) -> None:
     with only_writer(tmp_path), pytest.raises(DataError, match="written by another process"):
         build_data(_config(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*values: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(EnvironmentProblem, match="its file system gives no locks.*Lustre: -o flock"):
+        build_data(_config(tmp_path), tmp_path / "data")
 
 
 def test_bad_line_ends_the_build_without_output(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from megatron_octo.data.report.figures import source_colours
 from megatron_octo.data.report.lengths import length_histogram
 from megatron_octo.data.report.page import doubt
 from megatron_octo.data.report.report import write_report
-from megatron_octo.errors import DataError
+from megatron_octo.errors import DataError, EnvironmentProblem
 from megatron_octo.page.markup import FORMATS, Facts, look, shown
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" ${title} </pre></main>'
@@ -207,6 +207,13 @@ def test_command_with_a_mixture(built: Path, written: tuple[dict[str, Any], str]
     assert rest == written[1].split('id="lengths"')[1], "the same directory, the same bytes"
     alone = CliRunner().invoke(app, ["data", "report", str(built), "--tokens", "8K"])
     assert alone.exit_code != 0 and "--tokens without --mixture" in str(alone.exception)
+
+
+@pytest.mark.parametrize("place", ["/proc/page.html", "report"])
+def test_page_that_cannot_be_written_is_told(built: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "report").mkdir()
+    with pytest.raises(EnvironmentProblem, match=f"{place}: (cannot be written|is a directory).*fix: name another"):
+        write_report(built, tmp_path / place)
 
 
 def test_histogram_counts_every_document() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.data.report.facts import build_facts
-from megatron_octo.files import write_text
+from megatron_octo.files import write_text, writing
 
 PAGE = "report.html"
 
@@ -27,10 +27,13 @@ def write_report(
 
     Raises:
         DataError: the directory holds no finished build, or a file of it is missing or damaged.
+        EnvironmentProblem: the page cannot be written there.
     """
     from megatron_octo.data.report.page import render_page
 
     facts = {**build_facts(directory), "mixture": mixture}
     path = out or directory / PAGE
-    write_text(path, render_page(facts))
+    page = render_page(facts)
+    with writing(path):
+        write_text(path, page)
     return path, facts
