@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -247,8 +248,7 @@ def test_a_hub_that_cannot_be_reached_is_refused_in_words(monkeypatch: pytest.Mo
     def unreachable(*items: object, **named: object) -> None:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr("huggingface_hub.HfFileSystem.glob", unreachable)
-    monkeypatch.setattr("huggingface_hub.HfFileSystem.isfile", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", unreachable)
     with pytest.raises(DataError) as caught:
         list_shards(config_of({"c": {"adapter": "megamath-web-pro-max"}}), "c")
     assert "ConnectionError: no route to host" in str(caught.value) and "HF_TOKEN" in caught.value.rule
@@ -263,16 +263,18 @@ def test_a_hub_that_is_reached_gives_urls(monkeypatch: pytest.MonkeyPatch) -> No
 
     def listed(self: object, path: str, **named: object) -> list[str]:
         asked.append(path)
-        return [f"datasets/HuggingFaceTB/finemath/finemath-4plus/train-0000{number}.parquet" for number in (1, 0)]
+        return [f"{pinned}/finemath-4plus/train-0000{number}.parquet" for number in (1, 0)]
 
+    pinned = f"datasets/HuggingFaceTB/finemath@{'c' * 40}"
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *items, **named: SimpleNamespace(sha="c" * 40))
     monkeypatch.setattr("huggingface_hub.HfFileSystem.glob", listed)
     monkeypatch.setattr("huggingface_hub.HfFileSystem.isfile", lambda *items: True)
     shards = list_shards(config_of({"c": {"adapter": "finemath-4plus"}}), "c")
-    assert asked == ["datasets/HuggingFaceTB/finemath/finemath-4plus/*.parquet"]
+    assert asked == [f"{pinned}/finemath-4plus/*.parquet"]
     assert [(shard.name, shard.path) for shard in shards] == [
         (
             f"train-0000{number}.parquet",
-            f"hf://datasets/HuggingFaceTB/finemath/finemath-4plus/train-0000{number}.parquet",
+            f"hf://{pinned}/finemath-4plus/train-0000{number}.parquet",
         )
         for number in (0, 1)
     ]

@@ -343,7 +343,7 @@ def test_another_rendering_is_kept_anew(tmp_path: Path) -> None:
     for field in ("text", "other"):
         corpora = {"web": {"path": str(tmp_path / "a.jsonl"), "fields": {"text": field}}}
         curation = Curation(parse_config(CurateConfig, settings(tmp_path, corpora=corpora), "file"), tmp_path)
-        _, parts = _look(curation.config)
+        _, parts = _look(curation.config, {})
         scores = curation.file("classify", 0, ".npy")
         scores.parent.mkdir(parents=True, exist_ok=True)
         np.save(scores, np.ones(1, np.float32))

@@ -24,8 +24,16 @@ from megatron_octo.data.corpora.rows import numbered_rows
 from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards, numbered
 from megatron_octo.data.engine.build import claim, only_writer, refuse_other
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import inputs_stage, lines_of, look_at, refuse_change, versions
-from megatron_octo.data.engine.publish import RESULT, WORK, finish_publishing, publish
+from megatron_octo.data.engine.inputs import inputs_stage, lines_of, look_at, refuse_change, tell_remote, versions
+from megatron_octo.data.engine.publish import (
+    RESULT,
+    REVISIONS,
+    WORK,
+    finish_publishing,
+    keep_revisions,
+    known_revisions,
+    publish,
+)
 from megatron_octo.data.engine.stage import FILES, Stage, run_stages
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_file, replacing
@@ -54,7 +62,8 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
         StageFailed: a worker process was killed.
     """
     out = out.absolute()
-    shards = {name: list_shards(config, name) for name in config.corpora}
+    revisions = known_revisions(out)
+    shards = {name: list_shards(config, name, revisions) for name in config.corpora}
     not_read = unread_files(config)
     benchmarks = config.decontaminate.against.items() if config.decontaminate else ()
     paths = [shard.path for own in shards.values() for shard in own]
@@ -62,9 +71,12 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     heldout = config.problem_files.get("problems.heldout.file")
     paths += [str(input_path(heldout, "problems.heldout.file"))] if heldout else []
     seen = [look_at(path) for path in paths]
+    look = {file.path: file for file in seen}
+    tell_remote({f"corpora.{name}": {look[shard.path] for shard in own} for name, own in shards.items()}, 4)
     with only_writer(out) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
         finished, work, stage = claim(out, config), out / WORK, inputs_stage(seen)
+        keep_revisions(out, revisions)
         facts = run_stages([stage], work, team)[stage.name]
         hashes = {file.path: found["sha256"] for file, found in zip(stage.tasks, facts, strict=True)}
         inputs = {path: hashes[path] for path in paths}
@@ -79,7 +91,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
         found = run_stages([*stages, _writing(config, work, stages)], work, team)
         for file in seen:
             refuse_change(file)
-        manifest = {**_manifest(config, inputs, found, shards), "not_read": not_read}
+        manifest = {**_manifest(config, inputs, found, shards), "not_read": not_read, REVISIONS: revisions}
         manifest["files"] |= _gather(work, shards)
         publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
         shutil.rmtree(work)

@@ -36,13 +36,15 @@ def input_path(file: InputFile, where: str) -> Path:
     raise DataError(what, file.hint, _fix(file.path, str(path)))
 
 
-def corpus_files(config: Inputs, name: str, adapter: Adapter) -> list[tuple[str, str]]:
+def corpus_files(config: Inputs, name: str, adapter: Adapter, revisions: dict[str, str]) -> list[tuple[str, str]]:
     """The files of a corpus in sorted order.
 
     Args:
         config: the build.
         name: of the corpus.
         adapter: of the corpus; it knows where the corpus is published.
+        revisions: commits of the repositories of the Hugging Face hub that are read, by repository and branch as URLs
+            name them; what is not there yet is looked up and put there.
 
     Returns:
         Name within the corpus, with `/`, and path or URL of each.
@@ -53,11 +55,11 @@ def corpus_files(config: Inputs, name: str, adapter: Adapter) -> list[tuple[str,
     """
     corpus, where = config.corpora[name], f"corpora.{name}"
     if corpus.path is None:
-        return _hub_files(where, adapter)
+        return _hub_files(where, adapter, revisions)
     path = expand(corpus.path, f"{where}.path")
     if "://" in path and not path.startswith("file://"):
         rule, fix = "fsspec reads it", f"reach it from this machine, or set {where}.path to a copy"
-        return _remote_files(where, path, rule, fix)
+        return _remote_files(where, path, rule, fix, revisions)
     return _local_files(where, corpus, os.path.expanduser(path.removeprefix("file://")))
 
 
@@ -117,11 +119,13 @@ def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]
     return [(Path(os.path.relpath(one, root or ".")).as_posix(), one) for one in paths]
 
 
-def _remote_files(where: str, url: str, rule: str, fix: str) -> list[tuple[str, str]]:
+def _remote_files(where: str, url: str, rule: str, fix: str, revisions: dict[str, str]) -> list[tuple[str, str]]:
     import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(url)
+        if url.startswith("hf://"):
+            path = _pinned(system, path, revisions)
         found = _expanded(system, path)
     except Exception as error:  # each file system raises errors of its own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -133,6 +137,19 @@ def _remote_files(where: str, url: str, rule: str, fix: str) -> list[tuple[str, 
     return [(os.path.relpath(one, root), system.unstrip_protocol(one)) for one in found]
 
 
+def _pinned(hub: Any, path: str, revisions: dict[str, str]) -> str:
+    """The path in the commit that a branch of the hub points to, or pointed to when this was asked first."""
+    from huggingface_hub import HfApi
+
+    found = hub.resolve_path(path)
+    if not hasattr(found, "revision"):  # a bucket
+        return path
+    if found.root not in revisions:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        revisions[found.root] = api.repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
+    return f"{found.root.partition('@')[0]}@{revisions[found.root]}/{found.path}"
+
+
 def _expanded(system: Any, path: str) -> list[str]:
     if glob.has_magic(path):
         return sorted(one for one in system.glob(path) if system.isfile(one))
@@ -141,14 +158,14 @@ def _expanded(system: Any, path: str) -> list[str]:
     return sorted(one for one in system.find(path) if _is_corpus(one))
 
 
-def _hub_files(where: str, adapter: Adapter) -> list[tuple[str, str]]:
+def _hub_files(where: str, adapter: Adapter, revisions: dict[str, str]) -> list[tuple[str, str]]:
     if adapter.hub is None:
         raise DataError(f"{where} names no path", f"adapter {adapter.name} is a shape and no corpus", "set its path")
     rule = f"without a path, {adapter.name} is read from the Hugging Face hub"
     if adapter.gated:
         rule += f", which gives it {adapter.gated}: HF_TOKEN tells who you are"
     fix = f"set {where}.path to a copy: hf download --repo-type dataset {adapter.hub} --include {adapter.files!r}"
-    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}", rule, fix)
+    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}", rule, fix, revisions)
 
 
 def _is_corpus(path: str) -> bool:

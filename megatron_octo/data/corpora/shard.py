@@ -44,7 +44,7 @@ def is_parquet(path: str) -> bool:
     return path.endswith(".parquet")
 
 
-def list_shards(config: Inputs, corpus: str) -> list[Shard]:
+def list_shards(config: Inputs, corpus: str, revisions: dict[str, str] | None = None) -> list[Shard]:
     """The shards of a source: its files in sorted order, large ones in parts.
 
     A plain file of lines is cut by its size alone, without a look into it; a parquet file between row groups. Files
@@ -53,6 +53,7 @@ def list_shards(config: Inputs, corpus: str) -> list[Shard]:
     Args:
         config: the build.
         corpus: name of a corpus, or a kind of generated text: that is one endless shard.
+        revisions: commits of what is read from the Hugging Face hub, see `corpus_files`.
 
     Raises:
         DataError: there are no files, one of them is no corpus file, or it cannot be read.
@@ -61,7 +62,7 @@ def list_shards(config: Inputs, corpus: str) -> list[Shard]:
     if corpus in config.world.tokens:
         return [Shard(corpus, 0, "")]
     shards: list[Shard] = []
-    for name, path in corpus_files(config, corpus, adapter_of(config, corpus)):
+    for name, path in corpus_files(config, corpus, adapter_of(config, corpus), {} if revisions is None else revisions):
         for part, first in _parts(path):
             shards.append(Shard(corpus, len(shards), path, part, first, name))
     return shards

@@ -21,7 +21,14 @@ from megatron_octo.data.curate.train import train_classifier
 from megatron_octo.data.engine.build import only_writer
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, lines_of, look_at, refuse_change, versions
-from megatron_octo.data.engine.publish import MANIFEST, finish_publishing, publish
+from megatron_octo.data.engine.publish import (
+    MANIFEST,
+    REVISIONS,
+    finish_publishing,
+    keep_revisions,
+    known_revisions,
+    publish,
+)
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
 from megatron_octo.errors import ConfigError, DataError
 from megatron_octo.files import hash_file, read_json
@@ -58,7 +65,8 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
             "name one of them",
         )
     executor_of("local", workers)
-    files, parts = _look(config)
+    revisions = known_revisions(out)
+    files, parts = _look(config, revisions)
     questions = _questions(config)
     with only_writer(out) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
@@ -67,6 +75,7 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
             raise DataError(
                 f"{out / MANIFEST} is not what a curation writes there", fix="restore it, or name another --out"
             )
+        keep_revisions(out, revisions)
         inputs, lines = _hash_inputs(curation, files, team)
         if finished is not None:
             _refuse_other(out, finished, {"settings": _settings(config, questions), "inputs": inputs})
@@ -82,14 +91,15 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
         if until is not None and until != config.steps[-1]:
             return {step: _without(facts, FILES) for step, facts in found.items()}
         manifest = _manifest(curation, inputs, _settings(config, questions), found)
+        manifest[REVISIONS] = revisions
         publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
         shutil.rmtree(curation.work)
     return manifest
 
 
-def _look(config: CurateConfig) -> tuple[dict[str, InputFile], list[Part]]:
+def _look(config: CurateConfig, revisions: dict[str, str]) -> tuple[dict[str, InputFile], list[Part]]:
     """Every input file as it is now, by corpus and name within it or by its field, and all shards."""
-    shards = [shard for name in config.corpora for shard in list_shards(config, name)]
+    shards = [shard for name in config.corpora for shard in list_shards(config, name, revisions)]
     if not shards:
         raise DataError("the corpora hold no files", fix="look at their paths")
     files = {_name(shard): shard.path for shard in shards}

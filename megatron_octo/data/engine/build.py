@@ -28,7 +28,15 @@ from megatron_octo.data.corpora.problems import (
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
 from megatron_octo.data.engine.plan import BEYOND, JOIN, TOKENIZER, Plan
-from megatron_octo.data.engine.publish import MANIFEST, RESULT, WORK, finish_publishing, publish
+from megatron_octo.data.engine.publish import (
+    MANIFEST,
+    RESULT,
+    REVISIONS,
+    WORK,
+    finish_publishing,
+    keep_revisions,
+    publish,
+)
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, machine_problem
 from megatron_octo.files import hash_file, hold, read_json, write_json, write_text
@@ -60,9 +68,11 @@ def build_data(
     executor_of(executor, workers)  # what is wrong or missing is told before anything is written
     build_world(config)
     plan, not_read = Plan(config, out), unread_files(config)
+    plan.tell_remote()
     with only_writer(out) as lock, executor_of(executor, workers, lock) as team:
         finish_publishing(out)
         finished = claim(out, config)
+        keep_revisions(out, plan.revisions)
         hashes = _hash_inputs(plan, team)
         inputs = plan.inputs_by_field(hashes)
         intact: frozenset[str] = frozenset()
@@ -81,6 +91,7 @@ def build_data(
         if BEYOND in facts and cleaning is not None:
             cleaning["kept_beyond_budget"] = _tell_beyond(facts[BEYOND])
         manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, cleaning, not_read)
+        manifest[REVISIONS] = plan.revisions
         publish(out, manifest, ["tokenizer", "problems", *_files(facts[JOIN])])
         shutil.rmtree(out / WORK)
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from megatron_octo.data.engine.stage import Stage, advance
 from megatron_octo.errors import DataError
 
 _CHUNK = 1 << 20
+_SAID = 300  # characters of a foreign error
+_AFAR = "start the same command again when the server answers, or name a copy on this machine"
+_AGAIN = "start the same command again when it is complete; what does not depend on it is kept"
 _STATE = ("mtime", "ETag", "LastModified", "etag", "last_modified", "created")
 
 
@@ -24,7 +28,8 @@ class InputFile:
     Args:
         path: expanded path, or a URL of fsspec.
         bytes: its size.
-        modified: time of its last change or a tag of its content, whatever its file system has.
+        modified: time of its last change or a tag of its content, whatever its file system has; empty where it has
+            none, and then a change is noticed by the size alone.
     """
 
     path: str
@@ -55,17 +60,51 @@ def look_at(path: str) -> InputFile:
     Raises:
         DataError: it is not there, or cannot be reached.
     """
+    if "://" in path:
+        return _look_afar(path)
     try:
-        if "://" not in path:
-            found = Path(path).stat()
-            return InputFile(path, found.st_size, str(found.st_mtime_ns))
-        import fsspec
-
-        files, name = fsspec.core.url_to_fs(path)
-        facts = files.info(name)
-        return InputFile(path, int(facts["size"]), str(next((facts[key] for key in _STATE if facts.get(key)), "")))
-    except (OSError, ImportError, ValueError, KeyError) as error:
+        found = Path(path).stat()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error})", "the build reads it", "put it there") from None
+    return InputFile(path, found.st_size, str(found.st_mtime_ns))
+
+
+def _look_afar(url: str) -> InputFile:
+    import fsspec
+
+    try:
+        files, name = fsspec.core.url_to_fs(url)
+        facts = files.info(name)
+    except Exception as error:  # each file system has errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_SAID]
+        raise DataError(f"{url} cannot be reached ({reason})", "the build reads it", _AFAR) from None
+    if facts.get("size") is None:
+        raise DataError(f"{url}: its server does not tell its size", "a file cut short would not be noticed", _AFAR)
+    return InputFile(url, int(facts["size"]), str(next((facts[key] for key in _STATE if facts.get(key)), "")))
+
+
+def tell_remote(files: Mapping[str, Iterable[InputFile]], times: int) -> None:
+    """Say on stderr which files come over a network every time they are read, and which of them may change unnoticed.
+
+    Args:
+        files: of each corpus, by the field that names it.
+        times: how often each is read, at most.
+    """
+    for where, own in files.items():
+        afar = [file for file in own if "://" in file.path]
+        if afar:
+            print(
+                f"octo: note: {where}: {len(afar)} files come over the network at every reading, up to {times} times; "
+                f"to fetch them once, download them and set {where}.path to the copy",
+                file=sys.stderr,
+            )
+        unmarked = [file for file in afar if not file.modified and not file.path.startswith("hf://")]
+        if unmarked:  # a path of the hub names a commit
+            print(
+                f"octo: note: {where}: of {len(unmarked)} files the server tells neither time nor tag: while they are "
+                "read, a change is noticed only if it changes their size",
+                file=sys.stderr,
+            )
 
 
 def inputs_stage(files: Iterable[InputFile]) -> Stage:
@@ -97,24 +136,29 @@ def hash_input(file: InputFile) -> dict[str, Any]:
                 count.update(chunk)
                 advance(len(chunk))
     except OSError as error:
-        raise DataError(f"{file.path} cannot be read ({error})", fix="make it readable") from None
+        reason = " ".join(str(error).split())[:_SAID]
+        fix = _AFAR if "://" in file.path else "make it readable"
+        raise DataError(f"{file.path} cannot be read ({reason})", fix=fix) from None
+    if count.bytes != file.bytes:
+        raise DataError(f"{file.path} ends at byte {count.bytes} of {file.bytes}", "it is cut short", _AGAIN)
     refuse_change(file)
     found = {"bytes": file.bytes, "sha256": digest.hexdigest()}
     return {**found, "lines": count.found} if count.found else found
 
 
 class _LineCount:
-    """Counts, while a file goes by, the lines that begin before each of some places."""
+    """Counts, while a file goes by, its bytes and the lines that begin before each of some places."""
 
     def __init__(self, cuts: Sequence[int]) -> None:
-        self._cuts, self._place, self._lines = list(cuts), 0, 1  # one begins at the start
+        self._cuts, self._lines = list(cuts), 1  # one begins at the start
+        self.bytes = 0
         self.found: list[int] = []
 
     def update(self, chunk: bytes) -> None:
         """Take the next bytes of the file."""
         start = 0
         while len(self.found) < len(self._cuts):
-            end = max(0, self._cuts[len(self.found)] - 1) - self._place  # what ends there begins a line at the cut
+            end = max(0, self._cuts[len(self.found)] - 1) - self.bytes  # what ends there begins a line at the cut
             if end > len(chunk):
                 break
             self._lines += chunk.count(b"\n", start, end)
@@ -122,7 +166,7 @@ class _LineCount:
             self.found.append(self._lines if self._cuts[len(self.found)] else 0)
         if len(self.found) < len(self._cuts):
             self._lines += chunk.count(b"\n", start)
-        self._place += len(chunk)
+        self.bytes += len(chunk)
 
 
 def refuse_change(file: InputFile) -> None:
@@ -135,5 +179,5 @@ def refuse_change(file: InputFile) -> None:
         raise DataError(
             f"{file.path} changed while the build read it",
             "half of the result would be of the old file and half of the new one",
-            "start the same command again when it is complete; what does not depend on it is kept",
+            _AGAIN,
         )

@@ -15,7 +15,7 @@ from megatron_octo.data.engine.build import claim, is_whole, only_writer, refuse
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
 from megatron_octo.data.engine.on_slurm import render
 from megatron_octo.data.engine.plan import Plan
-from megatron_octo.data.engine.publish import WORK
+from megatron_octo.data.engine.publish import WORK, keep_revisions
 from megatron_octo.data.engine.stage import Stage, calls_of, run_calls
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import read_json
@@ -46,12 +46,14 @@ def render_build(config: DataBuildConfig, out: Path, workers: int | None) -> tup
     out = out.absolute()
     build_world(config)
     plan = Plan(config, out)
+    plan.tell_remote()
     with only_writer(out):
         finished = claim(out, config)
         if finished is not None:
             refuse_other(out, "inputs", _sizes(finished["inputs"]), plan.sizes_by_field())
             if is_whole(out):
                 return None, None
+        keep_revisions(out, plan.revisions)
         stages = [plan.inputs(), *plan.stages(_hashes(plan) or {})]
         left = [(stage.name, _left(plan, stage)) for stage in stages]
         plan.save(out / WORK / _PLAN)

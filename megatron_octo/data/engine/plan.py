@@ -21,8 +21,10 @@ from megatron_octo.data.engine.inputs import (
     lines_of,
     look_at,
     refuse_change,
+    tell_remote,
     versions,
 )
+from megatron_octo.data.engine.publish import known_revisions
 from megatron_octo.data.engine.stage import Stage, calls_of, plain
 from megatron_octo.data.engine.tasks import (
     TOKENISE,
@@ -63,15 +65,24 @@ class Plan:
         self.build = Build(config, out)
         self.shards: dict[str, list[Shard]]
         self.files: dict[str, dict[str, InputFile]]
+        self.revisions: dict[str, str] = {}
         if saved is not None:
             self.shards = {name: [_shard(one) for one in own] for name, own in saved["shards"].items()}
             self.files = {
                 where: {name: InputFile(**file) for name, file in own.items()} for where, own in saved["files"].items()
             }
             return
-        self.shards = {name: list_shards(config, name) for name in config.sources}
+        self.revisions = known_revisions(out)
+        self.shards = {name: list_shards(config, name, self.revisions) for name in config.sources}
         refuse_shared_files(config, self.shards)
         self.files = self._files()
+
+    def tell_remote(self) -> None:
+        """Say what becomes of inputs that are not on this machine."""
+        config = self.build.config
+        times = 2 + (config.tokenizer.train is not None)
+        times += 1 + (config.deduplicate is not None) if config.deduplicate or config.decontaminate else 0
+        tell_remote({where: files.values() for where, files in self.files.items()}, times)
 
     def save(self, path: Path) -> None:
         """Write what the inputs look like, for processes that shall not all look for themselves."""

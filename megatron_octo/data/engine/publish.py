@@ -14,7 +14,23 @@ from megatron_octo.files import flush_to_disk, hash_file, read_json, write_json
 WORK = ".work"
 RESULT = "result"
 MANIFEST = "manifest.json"
+REVISIONS = "revisions"
 _COMPLETE = "complete.json"
+
+
+def known_revisions(out: Path) -> dict[str, str]:
+    """Commits of the hub that a directory is of already, whatever its branches point to by now; see `corpus_files`."""
+    for path in (out / MANIFEST, out / WORK / f"{REVISIONS}.json"):
+        found = read_json(path)
+        if isinstance(found, dict):
+            return dict(found.get(REVISIONS) or {})
+    return {}
+
+
+def keep_revisions(out: Path, revisions: dict[str, str]) -> None:
+    """Write down the commits of a build that is not finished, for its next start."""
+    if revisions:
+        write_json(out / WORK / f"{REVISIONS}.json", {REVISIONS: revisions})
 
 
 def publish(out: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
