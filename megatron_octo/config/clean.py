@@ -22,7 +22,10 @@ class NearDuplicates(Strict):
 
 
 class Deduplicate(Strict):
-    """Which documents count as the same; the first in the order of corpora, shards and places is kept."""
+    """Which documents count as the same; the first in the order of corpora, shards and places is kept.
+
+    Corpora with a token budget come last in this order, whatever place they are named at.
+    """
 
     exact: bool = Field(default=True, description="texts that agree but for case and white space")
     partitions: int = Field(

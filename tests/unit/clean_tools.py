@@ -49,7 +49,9 @@ def config_of(**changes: Any) -> DataBuildConfig:
     return parse_config(DataBuildConfig, values, "test")
 
 
-def clean(corpora: dict[str, list[list[str]]], work: Path, executor: Any = None, **changes: Any) -> dict[str, Removal]:
+def clean(
+    corpora: dict[str, list[list[str]]], work: Path, executor: Any = None, /, **changes: Any
+) -> dict[str, Removal]:
     """Clean corpora; returns the removals by the document's id."""
     shards, found, config = shards_of(corpora), {}, config_of(**changes)
     paths = [Path(one.path) for one in (config.decontaminate.against.values() if config.decontaminate else ())]

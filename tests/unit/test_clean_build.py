@@ -110,11 +110,20 @@ def test_a_benchmark_that_was_another_for_a_moment(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.timeout(120)
 def test_a_kept_copy_beyond_a_budget_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Corpus b loses its copies of what a has, also of the end of a, which a's budget leaves out."""
+    """Corpus b loses its copies of what a has, also of the end of a, which a's budget leaves out; were it read whole it
+    would lose none."""
     texts = [f"text number {number} of all" for number in range(12)]
     _write(tmp_path / "a.jsonl", texts)
     _write(tmp_path / "b.jsonl", [texts[0], *texts[9:], "a text of its own"])
     corpora = {"a": {"path": str(tmp_path / "a.jsonl"), "tokens": 20}, "b": {"path": str(tmp_path / "b.jsonl")}}
+    config = config_of(corpora=corpora, deduplicate={"near": None})
+    manifest = build.build_data(config, tmp_path / "whole")
+    assert manifest["sources"]["a"]["documents"] < 9 and manifest["sources"]["b"]["documents"] == 5
+    assert manifest["cleaning"]["corpora"]["a"]["removed"] == {"exact_duplicate": 4}
+    assert manifest["cleaning"]["kept_beyond_budget"] == {} and capfd.readouterr().err == ""
+    assert build.build_data(config, tmp_path / "two", workers=2) == manifest
+    assert _files(tmp_path / "two") == _files(tmp_path / "whole")
+    corpora["b"]["tokens"] = 5
     config = config_of(corpora=corpora, deduplicate={"near": None})
     manifest = build.build_data(config, tmp_path / "out")
     assert manifest["sources"]["a"]["documents"] < 9 and manifest["sources"]["b"]["documents"] == 1

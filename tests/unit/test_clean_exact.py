@@ -44,6 +44,22 @@ def test_order_of_corpora_decides(tmp_path: Path) -> None:
     assert found["web/0.jsonl:1"].other == "qa/1.jsonl:2" and "qa/1.jsonl:2" not in found
 
 
+@pytest.mark.parametrize("how", [{}, {"exact": False, "near": {}}])
+def test_a_corpus_with_a_budget_takes_nothing_from_one_without(tmp_path: Path, how: dict[str, object]) -> None:
+    """Both kinds of duplicates keep the same documents: a corpus may leave its copies beyond its budget."""
+    texts = ["one text of more than five words", "another text of more than five words, it is"]
+    corpora = {
+        "first": {"path": "f", "tokens": 9}, "second": {"path": "s", "tokens": 9}, "whole": {"path": "w"}
+    }  # fmt: skip
+    own = {"first": [texts], "second": [texts], "whole": [texts[:1]]}
+    found = clean(own, tmp_path, corpora=corpora, deduplicate=how)
+    assert {name: removal.other for name, removal in found.items()} == {
+        "first/0.jsonl:1": "whole/0.jsonl:1",
+        "second/0.jsonl:1": "whole/0.jsonl:1",
+        "second/0.jsonl:2": "first/0.jsonl:2",
+    }
+
+
 def test_nothing_asked_nothing_done(tmp_path: Path) -> None:
     assert clean_stages(config_of(), shards_of(CORPORA), tmp_path, {}) == []
     with pytest.raises(FileNotFoundError):  # that nothing is to be left out is said by a file, not by none

@@ -265,7 +265,7 @@ def test_an_absent_benchmark_stands_in_the_facts(tmp_path: Path) -> None:
                "gone": {"path": str(tmp_path / "gone.jsonl"), "like": "gsm8k", "absent": "ok"}}  # fmt: skip
     config, shards = config_of(decontaminate={"against": against, "measure": 0}), shards_of({"a": [["text"]]})
     facts = run_stages(clean_stages(config, shards, tmp_path, {}, read_held), tmp_path, InProcess())
-    found = clean_facts(facts, shards)
+    found = clean_facts(config, facts, shards)
     assert found is not None and found["benchmarks"] == {"made": 3, "gone": None}
     assert absent_line(found) == ["not compared, for their files are absent: gone"]
 

@@ -15,7 +15,7 @@ from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.data.clean.names import read_names
 from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.removals import read_removals, removals_path
-from megatron_octo.data.clean.stages import SIGNATURES, clean_facts, clean_stages, open_shard
+from megatron_octo.data.clean.stages import SIGNATURES, clean_facts, clean_stages, compared, open_shard
 from megatron_octo.data.clean.tasks import Cleaning, Part
 from megatron_octo.data.corpora.files import input_path, unread_files
 from megatron_octo.data.corpora.lines import numbered_lines, open_input
@@ -140,11 +140,10 @@ def _records(shard: Shard) -> Iterator[tuple[int, bytes]]:
 def _manifest(
     config: DataBuildConfig, inputs: dict[str, str], facts: dict[str, list[dict[str, Any]]], shards: dict[str, Any]
 ) -> dict[str, Any]:
-    cleaning = clean_facts(facts, shards)
+    cleaning = clean_facts(config, facts, shards)
     assert cleaning is not None
     accounts, files = {name: Accounts() for name in shards}, {}
-    every = [shard for own in shards.values() for shard in own]
-    for shard, seen, written in zip(every, facts[SIGNATURES], facts[_WRITE], strict=True):
+    for shard, seen, written in zip(compared(config, shards), facts[SIGNATURES], facts[_WRITE], strict=True):
         accounts[shard.corpus] += Accounts(**seen["accounts"])
         files[f"{shard.corpus}/{shard.number:05}.jsonl.zst"] = {
             "from": shard.name, "documents": written["documents"], "sha256": written["sha256"]

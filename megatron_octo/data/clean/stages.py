@@ -44,12 +44,12 @@ def clean_stages(
     """The stages that find duplicates and leaks; none where the build asks for neither.
 
     A document that gives a question away is left out for that alone, and nothing is a duplicate of it. Of documents
-    that are the same the first in the order of corpora, shards and places is kept. Two renderings of one file are not
+    that are the same the first in the order of `compared` and of places is kept. Two renderings of one file are not
     compared: what is left out of the first is left out of all, so that they have the same items.
 
     Args:
         config: the build. The world's text is not cleaned: it has no shard with a path.
-        shards: of each corpus, in the order in which documents are kept.
+        shards: of each corpus.
         work: work directory of the build.
         versions: of the input files by path; names and sizes of the stages do not depend on them.
         read: opens a shard: yields its documents, the same ones at every reading; by default its `ShardReader`.
@@ -65,7 +65,7 @@ def clean_stages(
     same, leaks = config.deduplicate, config.decontaminate
     if same is None and leaks is None:
         return []
-    found = [shard for name in shards for shard in shards[name] if shard.path]
+    found = compared(config, shards)
     alike = _renderings(config, found)
     parts = [Part(number, shard, versions.get(shard.path), alike[number]) for number, shard in enumerate(found)]
     paths = {name: benchmark_file(name, one) for name, one in (leaks.against if leaks else {}).items()}
@@ -93,6 +93,18 @@ def clean_stages(
     return [*stages, stage(REMOVALS, parts, decide, whole if same else own)]
 
 
+def compared(config: DataBuildConfig, shards: Mapping[str, list[Any]]) -> list[Any]:
+    """The shards that are cleaned, in the order in which their documents are kept: here alone it is decided.
+
+    Corpora with a token budget come last, so that none of them takes a document from a corpus that is read whole and
+    then leaves it beyond its budget. Otherwise it is the order of the build. The world's text has no path, and is not
+    compared.
+    """
+    limited = [name for name in shards if config.budgets.get(name) is not None]
+    names = [*(name for name in shards if name not in limited), *limited]
+    return [shard for name in names for shard in shards[name] if shard.path]
+
+
 def _renderings(config: DataBuildConfig, shards: list[Any]) -> list[tuple[int, ...]]:
     """For each shard the numbers of all that have its items, in whatever rendering; most have itself alone."""
     groups: dict[Any, list[int]] = {}
@@ -104,10 +116,13 @@ def _renderings(config: DataBuildConfig, shards: list[Any]) -> list[tuple[int, .
     return [of[number] for number in range(len(shards))]
 
 
-def clean_facts(facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[Any]]) -> dict[str, Any] | None:
+def clean_facts(
+    config: DataBuildConfig, facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[Any]]
+) -> dict[str, Any] | None:
     """What the stages found, for a manifest and a report.
 
     Args:
+        config: the build.
         facts: of all stages of a build, by stage.
         shards: as `clean_stages` got them.
 
@@ -120,11 +135,14 @@ def clean_facts(facts: dict[str, list[dict[str, Any]]], shards: dict[str, list[A
     """
     if REMOVALS not in facts:
         return None
-    corpora: dict[str, dict[str, Any]] = {}
     examples: dict[str, list[Any]] = {}
-    names = [name for name in shards for shard in shards[name] if shard.path]
-    for name, seen, left in zip(names, facts[SIGNATURES], facts[REMOVALS], strict=True):
-        own = corpora.setdefault(name, {"documents": 0, "removed": Counter(), "leaks": Counter()})
+    found = compared(config, shards)
+    cleaned = {shard.corpus for shard in found}
+    corpora: dict[str, dict[str, Any]] = {
+        name: {"documents": 0, "removed": Counter(), "leaks": Counter()} for name in shards if name in cleaned
+    }
+    for shard, seen, left in zip(found, facts[SIGNATURES], facts[REMOVALS], strict=True):
+        own = corpora[shard.corpus]
         own["documents"] += seen["documents"]
         own["removed"].update(left["removed"])
         own["leaks"].update(left["leaks"])

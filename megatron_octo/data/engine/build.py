@@ -87,7 +87,7 @@ def build_data(
         plan.refuse_changes()
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
-        cleaning = clean_facts(facts, plan.shards)
+        cleaning = clean_facts(config, facts, plan.shards)
         if BEYOND in facts and cleaning is not None:
             cleaning["kept_beyond_budget"] = _tell_beyond(facts[BEYOND])
         manifest = make_manifest(config, inputs, facts[TOKENIZER][0], sources, sets, cleaning, not_read)
@@ -178,7 +178,8 @@ def _tell_beyond(facts: list[dict[str, Any]]) -> dict[str, int]:
         if number:
             print(
                 f"octo: note: {name}: {number} documents are left out as duplicates of documents that lie beyond the "
-                "token budget of their own corpus, so that neither is in the data; name corpora with a budget last",
+                "token budget of their own corpus, so that neither is in the data; of corpora with a budget the one "
+                "named first keeps its documents",
                 file=sys.stderr,
             )
     return {name: number for name, number in lost.items() if number}
