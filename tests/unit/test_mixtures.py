@@ -18,6 +18,7 @@ from megatron_octo.config.blends import blends_of
 from megatron_octo.config.load import parse_config, read_yaml
 from megatron_octo.config.mixture import DataConfig
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.index.digest import spot_digest
 from megatron_octo.data.index.pairs import bin_path, idx_path, read_index
 from megatron_octo.data.index.table import TableWriter, docs_path
 from megatron_octo.data.index.writer import write_indexed
@@ -445,10 +446,11 @@ def test_the_manifests_hash_is_taken_while_its_files_are_as_it_says(tmp_path: Pa
     from megatron_octo.data.index.table import histogram_path, pair_files, save_histogram
 
     prefix = tmp_path / "web"
-    write_indexed(prefix, [[1, 2, 3]] * 9, 91)
+    write_indexed(prefix, [*[[1, 2, 3]] * 8, [1, 2, 3, 4]], 91)
     TableWriter().write(docs_path(prefix))
     save_histogram(histogram_path(prefix), np.zeros(91, np.int64))
-    facts = {"documents": 9, "tokens": 27, "bytes": sum(path.stat().st_size for path in pair_files(prefix))}
+    facts = {"documents": 9, "tokens": 28, "bytes": sum(path.stat().st_size for path in pair_files(prefix))}
+    facts["spot"] = spot_digest(idx_path(prefix))
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps({"sources": {"web": {**facts, "sha256": {"web.idx": "stated"}}}}))
     index, real = read_index(prefix), hash_file(idx_path(prefix))
@@ -458,6 +460,14 @@ def test_the_manifests_hash_is_taken_while_its_files_are_as_it_says(tmp_path: Pa
     assert content_digest(index)["index"] == real, "written after the manifest"
     os.utime(manifest, ns=(later, later))
     assert content_digest(index)["index"] == "stated"
+    write_indexed(tmp_path / "older", [[1, 2, 3, 4], *[[1, 2, 3]] * 8], 91)
+    kept = idx_path(prefix).read_bytes()
+    idx_path(prefix).write_bytes(idx_path(tmp_path / "older").read_bytes())
+    os.utime(idx_path(prefix), ns=(1, 1))
+    other = read_index(prefix)
+    assert content_digest(other)["index"] == hash_file(idx_path(prefix)), "the same documents in another order"
+    idx_path(prefix).write_bytes(kept)
+    os.utime(idx_path(prefix), ns=(1, 1))
     docs_path(prefix).write_bytes(b"longer than it was when the manifest was written")
     assert content_digest(index)["index"] == real
     manifest.unlink()

@@ -1,7 +1,8 @@
-"""What tells one tokenizer from another, wherever it lies, and which tokens are none of it."""
+"""What tells one tokenizer or one large file from another, wherever it lies, and which tokens are of no tokenizer."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ SENTENCE_PIECE = "tokenizer.model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", SENTENCE_PIECE,
                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 """Files of a tokenizer directory in Hugging Face form that say how text becomes tokens."""
+
+_STRETCHES, _STRETCH = 64, 4096
 
 
 def tokenizer_digest(directory: Path) -> str | None:
@@ -26,6 +29,16 @@ def tokenizer_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return [path / name for name in sorted(TOKENIZER_FILES) if (path / name).is_file()]
+
+
+def spot_digest(path: Path) -> str:
+    """SHA-256 of 64 stretches of 4 KiB from all over a file: of other content, or with a hole from a copy in part."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(_STRETCHES):
+            file.seek(max(0, size - _STRETCH) * number // (_STRETCHES - 1))
+            digest.update(file.read(_STRETCH))
+    return digest.hexdigest()
 
 
 def stray_token(tokens: np.ndarray, vocabulary: int) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from megatron_octo.data.index.digest import spot_digest
 from megatron_octo.data.index.pairs import Index, bin_path, damaged, idx_path, read_index, stretches, write_index
 from megatron_octo.data.index.table import (
     DocumentTable,
@@ -51,8 +52,8 @@ def join_pieces(
         hashes: BLAKE3 of each piece's token file, as `write_piece` returned it; what differs is refused.
 
     Returns:
-        documents, tokens, largest_token, unigram_entropy, dtype, bytes, `sha256` of each file by its name, and
-        `beyond_budget`: documents and tokens of the pieces that were not needed.
+        documents, tokens, largest_token, unigram_entropy, dtype, bytes, `spot`: `spot_digest` of the index, `sha256`
+        of each file by its name, and `beyond_budget`: documents and tokens of the pieces that were not needed.
 
     Raises:
         DataError: a piece is missing or damaged, the pieces differ in the type of their tokens, they hold no document,
@@ -75,6 +76,7 @@ def join_pieces(
         "unigram_entropy": unigram_entropy(counts),
         "dtype": parts[0].index.dtype.name,
         "bytes": sum(path.stat().st_size for path in pair_files(prefix)),
+        "spot": spot_digest(idx_path(prefix)),
         "sha256": {path.name: sha256 if path == bin_path(prefix) else hash_file(path) for path in pair_files(prefix)},
         "beyond_budget": {
             "documents": sum(part.index.documents - part.documents for part in parts),

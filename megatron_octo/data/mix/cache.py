@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo.data.mix.identity import spot_digest
+from megatron_octo.data.index.digest import spot_digest
 from megatron_octo.errors import DataError
 from megatron_octo.files import flush_to_disk, hash_json, write_json
 
