@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import time
 import uuid
 from collections.abc import Iterator
@@ -159,12 +160,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def hold(directory: Path, patience: float = 0.0) -> IO[str]:
+def hold(directory: Path, patience: float = 0.0, shared: bool = False) -> IO[str]:
     """Claim a directory for this process; the kernel lets go when the process ends, however it ends.
 
     Args:
         directory: made if missing.
         patience: seconds to wait for another holder to let go.
+        shared: others that share it may hold it at the same time; who wants it alone does not get it meanwhile.
 
     Returns:
         The open lock file: a context manager; keep it open as long as the directory is written to.
@@ -179,7 +181,7 @@ def hold(directory: Path, patience: float = 0.0) -> IO[str]:
     deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             break
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
@@ -197,7 +199,7 @@ def hold(directory: Path, patience: float = 0.0) -> IO[str]:
                 "have it mounted with locks (Lustre: -o flock; NFS: a running lockd), or name another place",
             ) from None
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()} on {platform.node()}" if shared else str(os.getpid()))
     lock.flush()
     return lock
 

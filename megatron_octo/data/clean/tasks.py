@@ -22,7 +22,7 @@ from megatron_octo.data.clean.removals import CLEAN, LEAK, SHOWN, Removal, Remov
 from megatron_octo.data.clean.words import Batch, Words
 from megatron_octo.data.corpora.read import batches
 from megatron_octo.data.engine.inputs import Version
-from megatron_octo.data.engine.stage import FILES, advance
+from megatron_octo.data.engine.stage import FILES, advance, left
 from megatron_octo.files import write_bytes
 
 _TOGETHER = 1 << 19  # characters of documents that are looked at together
@@ -61,9 +61,9 @@ class Cleaning:
         """A folder of a stage."""
         return self.work / CLEAN / kind
 
-    def files(self, *paths: Path) -> dict[str, int]:
-        """What a task's facts say of the files it left."""
-        return {str(path.relative_to(self.work)): path.stat().st_size for path in paths}
+    def files(self, *paths: Path) -> dict[str, Any]:
+        """What a task's facts say of the files it left: with hashes, for what is not found in them is not missed."""
+        return left(self.work, paths, hashed=True)
 
 
 @dataclass(frozen=True)

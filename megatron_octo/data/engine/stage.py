@@ -8,16 +8,16 @@ What a killed process leaves is therefore a record or none, and the next run rep
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_octo.files import hash_json, read_json, write_json
+from megatron_octo.files import hash_json, hash_weights, hold, read_json, write_json
 from megatron_octo.progress import Progress
 
-RECORDS = "records"
+RECORDS, AT_WORK = "records", "at_work"
 FILES = "files"
 
 _QUIET = 30.0  # seconds of a stage before its progress goes into a log
@@ -34,8 +34,8 @@ class Stage:
         tasks: what each task is about: dataclasses, paths and JSON's types, for they travel to other processes and
             their values decide whether a record still holds (but for fields of a dataclass with `compare=False`).
         work: a module-level function that does one task and returns its facts, JSON. A task may be done twice, also at
-            the same time. Facts may name the files it left, `{"files": {path relative to the work directory: bytes}}`:
-            a record whose files are gone counts for nothing.
+            the same time. Facts may name the files it left, `{"files": {path relative to the work directory: what is
+            known of it}}`, see `left`: a record whose files are gone or are others counts for nothing.
         made_from: JSON of everything the results follow from besides the task: settings, hashes, a format number.
         amounts: how much each task is, in any measure; for the progress bar.
         unit: what `advance` counts inside the tasks, such as "tokens"; None where finished tasks are all that counts.
@@ -67,15 +67,16 @@ class Call:
 
     def perform(self) -> dict[str, Any]:
         """Do the task and write its record; returns its facts."""
-        facts = self.work(self.task)
-        write_json(self.record, {"made_from": self.key, "facts": facts})
-        if self.sweep is not None:
-            self.sweep(self.task)
+        with hold(self.record.parents[2] / AT_WORK, shared=True):  # wherever it is done, see `wait_for_tasks`
+            facts = self.work(self.task)
+            write_json(self.record, {"made_from": self.key, "facts": facts})
+            if self.sweep is not None:
+                self.sweep(self.task)
         return facts
 
-    def done(self, work: Path) -> dict[str, Any] | None:
-        """The facts of an earlier run, where they still hold."""
-        return facts_of(work, self.stage, self.number, self.key)
+    def done(self, work: Path, read: bool = True) -> dict[str, Any] | None:
+        """The facts of an earlier run, where they still hold, see `facts_of`."""
+        return facts_of(work, self.stage, self.number, self.key, read)
 
 
 class Executor(Protocol):
@@ -125,13 +126,44 @@ def calls_of(stage: Stage, work: Path) -> list[Call]:
     ]
 
 
-def facts_of(work: Path, stage: str, number: int, key: str) -> dict[str, Any] | None:
-    """The facts of a task that is done; None where its record is of another key, or its files are gone."""
+def wait_for_tasks(work: Path, patience: float) -> None:
+    """Wait until no task of an earlier start is at work, on any machine that shares the directory and its locks.
+
+    Whoever starts a build may be killed while a node of a cluster goes on.
+
+    Raises:
+        BlockingIOError: one still is; `strerror` says which.
+    """
+    if (work / AT_WORK).is_dir():
+        hold(work / AT_WORK, patience).close()
+
+
+def left(work: Path, paths: Iterable[Path], hashed: bool = False) -> dict[str, Any]:
+    """What facts say of the files a task left: their sizes, or sizes and BLAKE3.
+
+    A power cut may leave a file whose size is right and whose content is not; where nothing else would notice, hashed.
+    """
+    found = {str(path.relative_to(work)): path for path in paths}
+    if not hashed:
+        return {name: path.stat().st_size for name, path in found.items()}
+    return {name: [path.stat().st_size, hash_weights(path)] for name, path in found.items()}
+
+
+def facts_of(work: Path, stage: str, number: int, key: str, read: bool = True) -> dict[str, Any] | None:
+    """The facts of a task that is done; None where its record is of another key, or its files are not as they were.
+
+    Args:
+        work: directory of the records.
+        stage: of the task.
+        number: of the task.
+        key: of the task.
+        read: whether files whose hashes are known are read; else their sizes are enough.
+    """
     record = read_json(record_path(work, stage, number))
     if not isinstance(record, dict) or record.get("made_from") != key:
         return None
     facts = record["facts"]
-    return facts if all(_size(work / name) == size for name, size in facts.get(FILES, {}).items()) else None
+    return facts if all(_is(work / name, known, read) for name, known in facts.get(FILES, {}).items()) else None
 
 
 def record_path(work: Path, stage: str, number: int) -> Path:
@@ -220,5 +252,8 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be part of a task")
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _is(path: Path, known: Any, read: bool) -> bool:
+    size, digest = known if isinstance(known, list) else (known, None)
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    return digest is None or not read or hash_weights(path) == digest
