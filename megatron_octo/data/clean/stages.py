@@ -23,6 +23,7 @@ from megatron_octo.data.clean.tasks import (
     search_bucket,
 )
 from megatron_octo.data.corpora.shard import reading_of, real_path
+from megatron_octo.data.engine.code import CLEANS, code_of
 from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import Stage
 
@@ -76,7 +77,10 @@ def clean_stages(
     cleaning = Cleaning(here, work, read or partial(open_shard, config), hashes)
     benchmarks = {name: versions.get(str(path)) for name, path in paths.items()}
     settings = config.model_dump(mode="json", exclude={"tokenizer", "index"})
-    own = {"format": FORMAT, "settings": settings, "benchmarks": benchmarks, "heldout": _heldout(config, versions)}
+    own = {
+        "format": FORMAT, "code": code_of(CLEANS), "settings": settings,
+        "benchmarks": benchmarks, "heldout": _heldout(config, versions),
+    }  # fmt: skip
     whole = {**own, "shards": [part.version for part in parts]}
 
     def stage(name: str, tasks: list[Any], work: Callable[[Cleaning, Any], dict[str, Any]], made_from: Any) -> Stage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -37,12 +38,13 @@ from megatron_octo.data.engine.publish import (
     keep_revisions,
     publish,
 )
-from megatron_octo.data.engine.stage import FILES, Executor, run_stages
+from megatron_octo.data.engine.stage import FILES, Executor, run_stages, wait_for_tasks
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, machine_problem
 from megatron_octo.files import hash_file, hold, read_json, write_json, write_text
 
 _PATIENCE = 3.0  # seconds that workers of a killed build may take to notice
 _CLAIM = "build.json"
+_NONE_INTACT = "no source is whole, or other versions of the code made them"
 
 
 def build_data(
@@ -82,8 +84,16 @@ def build_data(
                 shutil.rmtree(out / WORK)
                 return finished
             intact = intact_sources(out, finished)
+            if not intact:
+                print(f"octo: note: all of {out} is made again: {_NONE_INTACT}", file=sys.stderr)
         sets = _build_problems(config, out / WORK / RESULT)
         facts = run_stages(plan.stages(hashes, intact), out / WORK, team)
+        if intact and facts[TOKENIZER][0]["sha256"] != finished["tokenizer"]["sha256"]:
+            raise DataError(
+                f"{out}: the tokenizer is another one now than in its manifest",
+                "the sources that are whole would not fit those that are mended",
+                f"delete {out / MANIFEST} and start again, which makes all of it anew",
+            )
         plan.refuse_changes()
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
@@ -105,17 +115,26 @@ def only_writer(out: Path) -> IO[str]:
         EnvironmentProblem: the directory cannot be made or written.
     """
     try:
-        return hold(out, _PATIENCE)
+        with ExitStack() as stack:
+            lock = stack.enter_context(hold(out, _PATIENCE))
+            wait_for_tasks(out / WORK, _PATIENCE)
+            stack.pop_all()
+        return lock
     except BlockingIOError as error:
-        raise DataError(
-            f"{out} is being written by another process (process {error.strerror})",
-            "two writers would mix their files",
-            "wait for it to end",
-        ) from None
+        raise being_written(out, error) from None
     except OSError as error:
         raise machine_problem(error) or EnvironmentProblem(
             f"{out}: cannot be made ({error.strerror})", "the result is written there", "name another --out"
         ) from None
+
+
+def being_written(out: Path, error: BlockingIOError) -> DataError:
+    """What to tell where a directory is held."""
+    return DataError(
+        f"{out} is being written by another process (process {error.strerror})",
+        "two writers would mix their files",
+        "wait for it to end",
+    )
 
 
 def claim(out: Path, config: DataBuildConfig) -> dict[str, Any] | None:

@@ -11,15 +11,16 @@ from typing import Any
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config
 from megatron_octo.data.corpora.problems import build_world
-from megatron_octo.data.engine.build import claim, is_whole, only_writer, refuse_other
+from megatron_octo.data.engine.build import being_written, claim, is_whole, only_writer, refuse_other
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
-from megatron_octo.data.engine.on_slurm import render
+from megatron_octo.data.engine.on_slurm import SUBMITTED, render
 from megatron_octo.data.engine.plan import Plan
 from megatron_octo.data.engine.publish import WORK, keep_revisions
 from megatron_octo.data.engine.stage import Stage, calls_of, run_calls
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
-from megatron_octo.files import read_json
+from megatron_octo.files import hold, read_json
 
+_PATIENCE = 10.0  # seconds that whoever submits may look at the directory
 _PLAN, _SETTINGS = "plan.json", "build.yaml"
 _OCTO = [sys.executable, "-m", "megatron_octo.cli", "data"]
 
@@ -48,6 +49,7 @@ def render_build(config: DataBuildConfig, out: Path, workers: int | None) -> tup
     plan = Plan(config, out)
     plan.tell_remote()
     with only_writer(out):
+        _refuse_queued(out)
         finished = claim(out, config)
         if finished is not None:
             refuse_other(out, "inputs", _sizes(finished["inputs"]), plan.sizes_by_field())
@@ -85,10 +87,18 @@ def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) ->
 
     Raises:
         ConfigError: there is no such stage or share, or the directory is that of another build.
-        DataError: the stage before it is not finished.
+        DataError: the stage before it is not finished, or a build that was started otherwise writes the directory.
         OctoError: as a task raised it.
     """
     number, total = _share(share)
+    try:
+        with hold(out, _PATIENCE, shared=True):  # so that nobody starts another build, or submits it again
+            _work(config, out, stage, number, total)
+    except BlockingIOError as error:
+        raise being_written(out, error) from None
+
+
+def _work(config: DataBuildConfig, out: Path, stage: str, number: int, total: int) -> None:
     plan = _planned(config, out.absolute())
     stages = [plan.inputs()]
     hashes = _hashes(plan)
@@ -103,7 +113,7 @@ def work_on_share(config: DataBuildConfig, out: Path, stage: str, share: str) ->
         names = ", ".join(one.name for one in stages)
         raise ConfigError(f"--stage {stage}", f"the stages of this build are {names}", "name one of them")
     for before in stages[: stages.index(found)][-1:]:  # which has looked at the one before it
-        if left := _left(plan, before):
+        if left := _left(plan, before, read=False):  # each of many jobs looks
             raise DataError(
                 f"{out}: {left} of {len(before.tasks)} tasks of the stage {before.name} are not done",
                 f"{stage} reads what they leave",
@@ -126,9 +136,28 @@ def _hashes(plan: Plan) -> dict[str, str] | None:
     return None if None in facts else plan.know([found for found in facts if found is not None])
 
 
-def _left(plan: Plan, stage: Stage) -> int:
+def _left(plan: Plan, stage: Stage, read: bool = True) -> int:
     work = plan.build.work
-    return sum(call.number not in stage.skip and call.done(work) is None for call in calls_of(stage, work))
+    return sum(call.number not in stage.skip and call.done(work, read) is None for call in calls_of(stage, work))
+
+
+def _refuse_queued(out: Path) -> None:
+    """Check that no job of an earlier submission waits or runs, as far as this machine can ask the scheduler.
+
+    Raises:
+        DataError: one does.
+    """
+    submitted = out / WORK / SUBMITTED
+    ids = submitted.read_text().split() if submitted.is_file() else []
+    if not ids or not shutil.which("squeue"):
+        return
+    done = subprocess.run(["squeue", "-h", "-o", "%A", "-j", ",".join(ids)], capture_output=True, text=True)
+    if queued := sorted(set(done.stdout.split())):
+        raise DataError(
+            f"{out}: jobs of an earlier submission are still in the queue: {', '.join(queued)}",
+            "each stage would be done twice",
+            f"wait for them to end, or scancel {' '.join(queued)}",
+        )
 
 
 def _submit(script: Path) -> str:

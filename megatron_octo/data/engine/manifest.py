@@ -9,14 +9,13 @@ from typing import Any
 from megatron_octo import __version__
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.data.corpora.registry import adapter_of
+from megatron_octo.data.engine.code import code_of
 from megatron_octo.data.engine.plan import FORMAT
 from megatron_octo.data.engine.publish import MANIFEST
 from megatron_octo.data.engine.stage import FILES
 from megatron_octo.data.index.verify import check_hashes, verify_pair
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_directory, hash_file, read_json
-
-_VERSIONS = ("megatron-core", "tokenizers", "datatrove", "numpy")
 
 
 def make_manifest(
@@ -47,8 +46,12 @@ def make_manifest(
         "cleaning": cleaning,
         "documents": sum(facts["documents"] for facts in sources.values()),
         "tokens": sum(facts["tokens"] for facts in sources.values()),
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {**code_of(), "megatron-core": version("megatron-core")}
 
 
 def _origin(config: DataBuildConfig, name: str) -> dict[str, Any]:
@@ -88,7 +91,12 @@ def verify_data(out: Path) -> dict[str, Any]:
 
 
 def intact_sources(out: Path, manifest: dict[str, Any]) -> frozenset[str]:
-    """Names of the sources whose files are all as the manifest says."""
+    """Names of the sources whose files are all as the manifest says, and that go together with what is made now.
+
+    That is none where the manifest is of other code: what this one makes may differ.
+    """
+    if (manifest.get("format"), manifest.get("versions")) != (FORMAT, _versions()):
+        return frozenset()
     return frozenset(
         name
         for name, facts in manifest["sources"].items()

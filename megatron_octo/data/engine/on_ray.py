@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_octo.data.engine.code import code_of, refuse_other_code
 from megatron_octo.data.engine.executors import attempt, killed, outcome, use_one_thread
 from megatron_octo.data.engine.stage import Advance, Call
 from megatron_octo.errors import EnvironmentProblem
@@ -49,7 +50,7 @@ class OnRay:
             while waiting or running:
                 while waiting and len(running) < limit:
                     place, call = waiting.popleft()
-                    running[remote.remote(call, os.getcwd())] = place
+                    running[remote.remote(call, os.getcwd(), code_of())] = place
                 (ready, *_), _ = ray.wait(list(running), num_returns=1)
                 place = running.pop(ready)
                 try:
@@ -89,7 +90,11 @@ class OnRay:
         return ray
 
 
-def _attempt(call: Call, directory: str) -> tuple[str, Any]:
+def _attempt(call: Call, directory: str, code: dict[str, str]) -> tuple[str, Any]:
+    try:
+        refuse_other_code(code)
+    except EnvironmentProblem as error:
+        return "error", error
     os.chdir(directory)  # paths in a configuration may be relative
     use_one_thread()
     return attempt(call)

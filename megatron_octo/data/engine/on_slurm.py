@@ -9,6 +9,9 @@ from pathlib import Path
 
 from megatron_octo.files import write_text
 
+SUBMITTED = "submitted.txt"
+"""File beside the folder of the jobs with the numbers they have in the queue."""
+
 _MOST_JOBS = 1000  # of one array: Slurm's own default for MaxArraySize is 1001
 
 _JOB = """\
@@ -33,8 +36,10 @@ submit() {{
   # behind the options given: of two dependencies sbatch takes the last, and a stage never starts before another ends
   id=$(sbatch --parsable "${{@:2}}" ${{id:+--dependency=afterok:$id --kill-on-invalid-dep=yes}} "$1")
   id=${{id%%;*}}
+  [ ! -e {submitted} ] || echo "$id" >>{submitted}  # gone where the build is finished already
   echo "$id $1"
 }}
+: >{submitted}
 {lines}
 """
 
@@ -65,8 +70,9 @@ def render(
         names.append(_job(folder, len(names) + 1, name, "-%a", array, command))
     names.append(_job(folder, len(names) + 1, "publish", "", "", shlex.join(last)))
     script = folder / "submit.sh"
+    submitted = shlex.quote(str(folder.parent / SUBMITTED))
     lines = "\n".join(f'submit {shlex.quote(str(folder / name))} "$@"' for name in names)
-    write_text(script, _SUBMIT.format(script=shlex.quote(str(script)), lines=lines))
+    write_text(script, _SUBMIT.format(script=shlex.quote(str(script)), submitted=submitted, lines=lines))
     return script
 
 

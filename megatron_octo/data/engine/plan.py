@@ -14,6 +14,7 @@ from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.stages import REMOVALS, clean_stages
 from megatron_octo.data.corpora.files import input_path
 from megatron_octo.data.corpora.shard import Shard, list_shards, numbered, refuse_shared_files
+from megatron_octo.data.engine.code import TOKENISES, code_of
 from megatron_octo.data.engine.inputs import (
     InputFile,
     Version,
@@ -24,6 +25,7 @@ from megatron_octo.data.engine.inputs import (
     tell_remote,
     versions,
 )
+from megatron_octo.data.engine.located import located, on_same_files
 from megatron_octo.data.engine.publish import known_revisions
 from megatron_octo.data.engine.stage import Stage, calls_of, plain
 from megatron_octo.data.engine.tasks import (
@@ -32,6 +34,7 @@ from megatron_octo.data.engine.tasks import (
     Corpus,
     Cut,
     Piece,
+    Tokenizer,
     Watched,
     beyond_budgets,
     drop_pieces,
@@ -62,7 +65,6 @@ class Plan:
     """
 
     def __init__(self, config: DataBuildConfig, out: Path, saved: dict[str, Any] | None = None) -> None:
-        self.build = Build(config, out)
         self.shards: dict[str, list[Shard]]
         self.files: dict[str, dict[str, InputFile]]
         self.revisions: dict[str, str] = {}
@@ -71,11 +73,13 @@ class Plan:
             self.files = {
                 where: {name: InputFile(**file) for name, file in own.items()} for where, own in saved["files"].items()
             }
-            return
-        self.revisions = known_revisions(out)
-        self.shards = {name: list_shards(config, name, self.revisions) for name in config.sources}
-        refuse_shared_files(config, self.shards)
-        self.files = self._files()
+        else:
+            self.revisions = known_revisions(out)
+            self.shards = {name: list_shards(config, name, self.revisions) for name in config.sources}
+            refuse_shared_files(config, self.shards)
+            self.files = self._files(config)
+        paths = {where: file.path for where in config.problem_files for file in self.files[where].values()}
+        self.build = Build(located(config, paths), out)
 
     def tell_remote(self) -> None:
         """Say what becomes of inputs that are not on this machine."""
@@ -88,21 +92,20 @@ class Plan:
         """Write what the inputs look like, for processes that shall not all look for themselves."""
         write_json(path, {"shards": plain(self.shards), "files": plain(self.files)})
 
-    def _files(self) -> dict[str, dict[str, InputFile]]:
+    def _files(self, config: DataBuildConfig) -> dict[str, dict[str, InputFile]]:
         """Every input file as it is now, by the field that names it and by its name there."""
-        config = self.build.config
         found = {
             f"corpora.{name}": {shard.name: look_at(shard.path) for shard in self.shards[name]}
             for name in config.corpora
         }
         for where, file in config.problem_files.items():
-            path = input_path(file, where)
+            path = input_path(file, where).absolute()
             found[where] = {path.name: look_at(str(path))}
         for name, benchmark in (config.decontaminate.against if config.decontaminate else {}).items():
             path = benchmark_file(name, benchmark)
             found[f"decontaminate.against.{name}"] = {path.name: look_at(str(path))} if path else {}
         if config.tokenizer.path is not None:
-            directory = expand_path(config.tokenizer.path, "tokenizer.path")
+            directory = expand_path(config.tokenizer.path, "tokenizer.path").absolute()
             load_encoder(directory, config.index)
             found["tokenizer.path"] = {path.name: look_at(str(path)) for path in tokenizer_files(directory)}
         return found
@@ -147,19 +150,27 @@ class Plan:
             intact: sources of a finished build that need not be made again.
         """
         found = versions((file for files in self.files.values() for file in files.values()), hashes)
-        config, base = self.build.config, self._base(found)
-        trained = config.tokenizer.train
-        corpora = (trained.corpora or config.sources) if trained else []
-        read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
-        tokenizer = {**base, "inputs": self._versions(found, read)}
-        beginnings = [self.shards[name] for name in corpora]
-        stages = [Stage(TOKENIZER, [beginnings], self._work(make_tokenizer), tokenizer)]
-        cleaning = self._cleaning(found)
+        base, cleaning = self._base(found), self._cleaning(found)
+        tokenizer = self._tokenizer(found, base)
         removals = self._removals(cleaning)
-        pieces = self._pieces(found, {**base, "tokenizer": hash_json(tokenizer)}, removals)
+        pieces = self._pieces(found, {**base, "tokenizer": hash_json(tokenizer.made_from)}, removals)
         join = self._join(pieces, intact)
         pieces = replace(pieces, skip=self._joined(pieces, join))
-        return [*cleaning, *stages, pieces, join, *self._beyond(join, removals)]
+        same = tuple((file.path, hashes[file.path]) for file in self._small() if file.path in hashes)
+        made = [*cleaning, tokenizer, pieces, join, *self._beyond(join, removals)]
+        return [replace(stage, work=partial(on_same_files, same, stage.work)) for stage in made]
+
+    def _small(self) -> list[InputFile]:
+        """Files that tasks read besides their shards, and that have no check of their own."""
+        fields = ("problems.heldout.file", "tokenizer.path")
+        return [file for field in fields for file in self.files.get(field, {}).values()]
+
+    def _tokenizer(self, found: dict[str, Version], base: dict[str, Any]) -> Stage:
+        trained, given = self.build.config.tokenizer.train, self.files.get("tokenizer.path", {}).values()
+        corpora = (trained.corpora or self.build.config.sources) if trained else []
+        read = ["tokenizer.path", *(f"corpora.{name}" for name in corpora)]
+        task = Tokenizer(tuple(file.path for file in given), tuple(tuple(self.shards[name]) for name in corpora))
+        return Stage(TOKENIZER, [task], self._work(make_tokenizer), {**base, "inputs": self._versions(found, read)})
 
     def _beyond(self, join: Stage, removals: dict[Shard, str]) -> list[Stage]:
         """The stage that tells what a token budget makes of deduplication; none where one of the two is missing."""
@@ -195,8 +206,12 @@ class Plan:
         return frozenset(number for number, task in enumerate(pieces.tasks) if task.shard.corpus in done)
 
     def _base(self, found: dict[str, Version]) -> dict[str, Any]:
-        settings = hash_json(self.build.config.model_dump(mode="json"))
-        return {"format": FORMAT, "settings": settings, "heldout": self._versions(found, ["problems.heldout.file"])}
+        return {
+            "format": FORMAT,
+            "code": code_of(TOKENISES),
+            "settings": hash_json(self.build.config.model_dump(mode="json")),
+            "heldout": self._versions(found, ["problems.heldout.file"]),
+        }
 
     def _versions(self, found: dict[str, Version], fields: list[str]) -> list[Version | None]:
         return [found.get(file.path) for field in fields for file in self.files.get(field, {}).values()]
@@ -237,7 +252,8 @@ class Plan:
         tasks, first = [], 0
         for name, shards in self.shards.items():
             end = first + len(shards)
-            tasks.append(Corpus(name, (first, end), hash_json(keys[first:end])))
+            removals = tuple(task.removals for task in pieces.tasks[first:end])
+            tasks.append(Corpus(name, (first, end), hash_json(keys[first:end]), removals))
             first = end
         skip = frozenset(number for number, task in enumerate(tasks) if task.name in intact)
         sweep = partial(drop_pieces, self.build)

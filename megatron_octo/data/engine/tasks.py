@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.data.clean.removals import LEAK, Removal, read_removals
 from megatron_octo.data.clean.stages import REMOVALS
-from megatron_octo.data.corpora.read import Accounts, ShardReader
+from megatron_octo.data.corpora.read import HELDOUT, Accounts, ShardReader
 from megatron_octo.data.corpora.shard import Shard
 from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
-from megatron_octo.data.engine.stage import FILES, facts_of, record_path
-from megatron_octo.data.index.digest import SENTENCE_PIECE, tokenizer_files
+from megatron_octo.data.engine.stage import FILES, facts_of, left, record_path
+from megatron_octo.data.index.digest import SENTENCE_PIECE, TOKENIZER_FILES
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import DocumentTable, docs_path, pair_files
@@ -82,15 +83,30 @@ class Corpus:
         name: of the source.
         pieces: numbers of its tokenise tasks, first and one beyond the last.
         made_from: hash over what all its pieces follow from.
+        removals: of each piece, as in `Piece`.
     """
 
     name: str
     pieces: tuple[int, int]
     made_from: str
+    removals: tuple[tuple[int, str] | None, ...] = field(compare=False)
 
 
-def make_tokenizer(build: Build, corpora: list[list[Shard]]) -> dict[str, Any]:
-    """Train the tokenizer on the beginnings of corpora, each its shards, or copy the given one, into the result.
+@dataclass(frozen=True)
+class Tokenizer:
+    """What the tokenizer is made of.
+
+    Args:
+        files: of the given one.
+        shards: of each corpus that one is trained on.
+    """
+
+    files: tuple[str, ...]
+    shards: tuple[tuple[Shard, ...], ...]
+
+
+def make_tokenizer(build: Build, task: Tokenizer) -> dict[str, Any]:
+    """Train the tokenizer on the beginnings of corpora, or copy the given one, into the result.
 
     Returns:
         Its hash, vocabulary, end-of-text token and files.
@@ -99,10 +115,10 @@ def make_tokenizer(build: Build, corpora: list[list[Shard]]) -> dict[str, Any]:
     temporary = directory.with_name(f".tokenizer.{uuid.uuid4().hex[:12]}.partial")
     temporary.mkdir(parents=True)
     try:
-        if config.tokenizer.path is not None:
-            _copy_tokenizer(expand_path(config.tokenizer.path, "tokenizer.path"), temporary)
+        if task.files:
+            _copy_tokenizer([Path(file) for file in task.files], temporary)
         else:
-            _train_tokenizer(config, corpora, temporary)
+            _train_tokenizer(config, task.shards, temporary)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
     finally:
@@ -116,15 +132,15 @@ def make_tokenizer(build: Build, corpora: list[list[Shard]]) -> dict[str, Any]:
         "end_of_text": encoder.end,
         "left_out_of_its_own": encoder.added_by_itself,
     }
-    return {**facts, FILES: _sizes(build, sorted(directory.iterdir()))}
+    return {**facts, FILES: left(build.work, sorted(directory.iterdir()))}
 
 
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    for file in tokenizer_files(source):
-        shutil.copyfile(file, out / (SENTENCE_PIECE if file == source else file.name))
+def _copy_tokenizer(files: list[Path], out: Path) -> None:
+    for file in files:  # one that stands alone is a SentencePiece model under any name
+        shutil.copyfile(file, out / (file.name if file.name in TOKENIZER_FILES else SENTENCE_PIECE))
 
 
-def _train_tokenizer(config: DataBuildConfig, corpora: list[list[Shard]], out: Path) -> None:
+def _train_tokenizer(config: DataBuildConfig, corpora: tuple[tuple[Shard, ...], ...], out: Path) -> None:
     from megatron_octo.data.index.train_tokenizer import train_tokenizer
 
     train = config.tokenizer.train
@@ -156,7 +172,7 @@ def tokenise(build: Build, piece: Piece) -> dict[str, Any]:
         reader.accounts.remove(reason, count)
     _check_account(prefix, reader.accounts, facts["documents"])
     facts |= {"after": piece.after, "accounts": reader.accounts.as_json()}
-    return {**facts, FILES: _sizes(build, pair_files(prefix))}
+    return {**facts, FILES: left(build.work, pair_files(prefix))}
 
 
 def _removals(build: Build, piece: Piece) -> Iterable[Removal]:
@@ -198,13 +214,15 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
     """Make one pair of the pieces of a corpus.
 
     Raises:
-        DataError: the corpus has no documents, or fewer tokens than its budget.
+        DataError: the corpus has no documents, fewer tokens than its budget, or a piece with what is to be left out.
     """
     budget, needed, tokens = build.config.budgets[corpus.name], [], 0
     for number in range(*corpus.pieces):
         if budget is None or tokens < budget:  # another worker may have made more than these
             needed.append(read_json(record_path(build.work, TOKENISE, number))["facts"])
             tokens += needed[-1]["tokens"]
+    for found, removals in zip(needed, corpus.removals, strict=False):
+        _check_removed(build, corpus.name, found, removals)
     accounts = sum((Accounts(**found["accounts"]) for found in needed), Accounts())
     if accounts.read and not accounts.documents:
         left_out = {**accounts.skipped, **accounts.removed}
@@ -217,7 +235,21 @@ def join(build: Build, corpus: Corpus) -> dict[str, Any]:
     pieces = [_piece_prefix(build, corpus.name, number) for number in range(len(needed))]
     joined = join_pieces(pieces, prefix, budget, [found["blake3"] for found in needed])
     _check_account(prefix, accounts, joined["documents"] + joined["beyond_budget"]["documents"])
-    return {**joined, "accounts": accounts.as_json(), FILES: _sizes(build, pair_files(prefix))}
+    return {**joined, "accounts": accounts.as_json(), FILES: left(build.work, pair_files(prefix))}
+
+
+def _check_removed(build: Build, name: str, found: dict[str, Any], removals: tuple[int, str] | None) -> None:
+    """Check that a piece left out what it was to leave out: it is published, and the removals are believed."""
+    wanted = (facts_of(build.work, REMOVALS, *removals) or {}).get("removed") if removals else {}
+    removed = {reason: count for reason, count in found["accounts"]["removed"].items() if reason != HELDOUT}
+    budget = build.config.budgets[name]
+    cut = budget is not None and found["tokens"] >= budget  # such a piece was not read to its end
+    if wanted is None or not (removed == wanted or (cut and Counter(removed) <= Counter(wanted))):
+        raise DataError(
+            f"corpora.{name}: a piece left out {removed or 'nothing'}, and {wanted or 'nothing'} was to be left out",
+            "no document is published that is a duplicate or a leak",
+            f"delete {build.work} and start again",
+        )
 
 
 @dataclass(frozen=True)
@@ -269,7 +301,3 @@ def watch(work: Callable[[Any], dict[str, Any]], watched: Watched) -> dict[str, 
 def drop_pieces(build: Build, corpus: Corpus) -> None:
     """Delete the pieces of a corpus that is joined."""
     shutil.rmtree(build.work / "pieces" / corpus.name, ignore_errors=True)
-
-
-def _sizes(build: Build, paths: Any) -> dict[str, int]:
-    return {str(path.relative_to(build.work)): path.stat().st_size for path in paths}
