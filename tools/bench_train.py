@@ -129,7 +129,7 @@ def training(file: Path, *overrides: str) -> Iterator[tuple[Any, Any, Any]]:
     runtime = groups.initialize(run.parallel, run.seed, run.timeout_minutes)
     with StopSignals() as signals, watch_ranks(runtime, run.timeout_minutes) as watchdog:
         engine, state = set_up(run, runtime)
-        watchdog.follow(lambda: f"step {state.step + 1} of {run.steps}")
+        watchdog.follow(lambda: f"step {state.step + 1} of {run.steps}", lambda: state.aside)
         with default_hooks(engine, state, run.steps, signals) as hooks:
             yield engine, state, hooks
 

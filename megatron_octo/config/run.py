@@ -88,7 +88,10 @@ class RunConfig(Strict):
     logging: LoggingConfig = LoggingConfig()
     threads: int | None = Field(default=None, gt=0, description="CPU threads per process; by default cores / processes")
     timeout_minutes: float = Field(
-        default=10, gt=0, description="a rank that makes no progress for so long is named and the run ends"
+        default=10,
+        gt=0,
+        description="a rank that makes no progress in a step for so long is named and the run ends; in set-up, "
+        "validation and save it has 3 times as long",
     )
     stop_grace_seconds: float = Field(
         default=30, gt=0, description="after SIGTERM: time to finish the step, save and end, before SIGKILL"

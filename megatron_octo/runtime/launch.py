@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from megatron_octo.errors import EnvironmentProblem, OctoError, StageFailed, no_space
-from megatron_octo.runtime.stop import LOST
+from megatron_octo.runtime.stop import LOST, name_of
 
 ERROR_PREFIX = "octo: error:"
 """Start of the one line a rank prints for a mistake of the user."""
@@ -97,7 +97,8 @@ def launch(
         watch: called about twenty times a second while the ranks run.
         grace: seconds from a stop signal to SIGKILL.
         stopped_code: exit code of ranks that were told to stop and have something to go on from; also told where a rank
-            died of the signal or of the end of the grace. If not given, the ranks' own, or 128 + signal.
+            died of the signal or of the end of the grace. A signal that finds all ranks at their end stops nothing
+            then. If not given, the ranks' own, or 128 + signal.
 
     Raises:
         EnvironmentProblem: the given port is in use.
@@ -189,17 +190,20 @@ def _failed(ranks: list[_Rank]) -> list[_Rank]:
     return [rank for rank in ranks if rank.process.poll() not in (None, 0)]
 
 
-def _stop(ranks: list[_Rank], number: int, grace: float, stopped_code: int | None) -> NoReturn:
+def _stop(ranks: list[_Rank], number: int, grace: float, stopped_code: int | None) -> None:
     began = time.monotonic()
     _end(ranks, grace, signal.SIGTERM)
     if stopped_code is not None:
         as_told = (stopped_code, -signal.SIGTERM, -signal.SIGKILL)
         _raise_failure([rank for rank in ranks if rank.process.returncode not in as_told])
+        if not _failed(ranks):
+            return
     took = f"{time.monotonic() - began:.1f} s (grace {grace:g} s)"
     told = [rank for rank in ranks if rank.process.returncode == stopped_code]
-    said = next((line for rank in told if (line := rank.error_line())), None)  # where it stands, and what is saved
+    said = next((line for rank in told if (line := rank.error_line())), "")  # where it stands, and what is saved
+    said = said.replace(f" {name_of(signal.SIGTERM)}", f" {name_of(number)}", 1)  # which is how ranks are told
     error = StageFailed(
-        said or f"stopped by {signal.Signals(number).name} within {took}",
+        said or f"stopped by {name_of(number)} within {took}",
         fix="" if said else "start the same command again to go on",
     )
     codes = {rank.process.returncode for rank in ranks}

@@ -38,6 +38,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _OWN_SHARE = 0.9  # of the grace: whoever sent the signal kills at its end
 
 
+def name_of(number: int) -> str:
+    """A signal as messages call it: SIGINT is what a terminal sends for Ctrl-C."""
+    return "Ctrl-C (SIGINT)" if number == signal.SIGINT else signal.Signals(number).name
+
+
 class RankLost(StageFailed):
     """Another rank hung, died, or is somewhere else in the program; what was sealed is untouched.
 
@@ -94,8 +99,8 @@ class StopSignals:
 
     @property
     def told(self) -> str:
-        """Name of the signal that was received; empty if none was."""
-        return signal.Signals(self._received[0]).name if self._received else ""
+        """Name of the signal that was received, see `name_of`; empty if none was."""
+        return name_of(self._received[0]) if self._received else ""
 
     @property
     def seconds(self) -> float:
@@ -160,9 +165,7 @@ def nothing_to_save() -> Iterator[None]:
         return
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        raise Stopped(
-            f"stopped by {signal.Signals(number).name} before a step was taken", fix="start the same command again"
-        )
+        raise Stopped(f"stopped by {name_of(number)} before a step was taken", fix="start the same command again")
 
     before = {number: signal.signal(number, leave) for number in _SIGNALS}
     try:

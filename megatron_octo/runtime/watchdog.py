@@ -26,7 +26,11 @@ from megatron_octo.runtime.groups import Runtime
 from megatron_octo.runtime.place import Place, place_of
 from megatron_octo.runtime.stop import RankLost
 
-GROUP_PATIENCE = 1.2
+ASIDE_PATIENCE = 3.0
+"""What is no step (set-up, a validation, a save, a rewind) may stand still this many times `timeout_minutes`: all ranks
+wait for one there that reads or writes whole files."""
+
+GROUP_PATIENCE = 1.2 * ASIDE_PATIENCE
 """Process groups wait this many times `timeout_minutes`, so that the watchdog speaks before they break off."""
 
 _PERIOD, _SHORTEST_PERIOD, _PERIODS = 5.0, 0.2, 40  # seconds between beats, and beats within the time out
@@ -42,15 +46,16 @@ _BROKEN = re.compile(
 class Watchdog:
     """Watches the thread that enters it, on each rank; a context manager around all that ranks do together.
 
-    When the watched thread has stood in one place of one stage for `timeout` seconds, the process prints who is to
-    blame, dumps the stacks of all its threads, and ends with exit code 76. An error of a collective inside the context
-    (a connection lost, a time-out of the process group) becomes a `RankLost` that says the same.
+    When the watched thread has stood in one place of one step for `timeout` seconds, or `ASIDE_PATIENCE` times as long
+    in one place of what is no step, the process prints who is to blame, dumps the stacks of all its threads, and ends
+    with exit code 76. An error of a collective inside the context (a connection lost, a time-out of the process group)
+    becomes a `RankLost` that says the same.
 
     Args:
         rank: of this process.
         world_size: ranks of the run.
         store: where the ranks meet: a client of its own, since a client serves one thread at a time.
-        timeout: seconds without progress.
+        timeout: seconds without progress in a step.
 
     Raises:
         RankLost: another rank is gone or hangs.
@@ -59,7 +64,8 @@ class Watchdog:
     def __init__(self, rank: int, world_size: int, store: Any, timeout: float) -> None:
         self._rank, self._world, self._store, self._timeout = rank, world_size, store, timeout
         self._period = min(_PERIOD, max(_SHORTEST_PERIOD, timeout / _PERIODS))
-        self._stage: Callable[[], str] = lambda: "set-up"
+        self._step: Callable[[], str] = str
+        self._aside: Callable[[], str] = lambda: "set-up"
         self._end, self._suspicious = threading.Event(), threading.Event()
         self._leaving, self._posted = threading.Event(), threading.Event()
         self._others: dict[int, _Other] = {}
@@ -91,9 +97,19 @@ class Watchdog:
             for thread in self._threads:
                 thread.join(_JOINED)
 
-    def follow(self, stage: Callable[[], str]) -> None:
-        """Let messages say how far the run is: `stage` answers in words, from any thread."""
-        self._stage = stage
+    def follow(self, step: Callable[[], str], aside: Callable[[], str] = str) -> None:
+        """Let messages say how far the run is, once it is set up.
+
+        Args:
+            step: answers in words, from any thread, which step is taken.
+            aside: answers what is done instead of a step; empty while one is taken.
+        """
+        self._step, self._aside = step, aside
+
+    def _stage(self) -> tuple[str, float]:
+        """What the run does now, in words, and the seconds it may stand in one place of it."""
+        aside = self._aside()
+        return aside or self._step(), self._timeout * (ASIDE_PATIENCE if aside else 1.0)
 
     def _part(self, error: Exception) -> None:
         """Tell the others of an error before this rank is gone; raise `RankLost` if it came from them."""
@@ -113,16 +129,17 @@ class Watchdog:
             frame, now = sys._current_frames().get(self._watched), time.monotonic()
             if frame is None:
                 return
-            found = (self._stage(), _signature(frame))  # steps that spend all their time in one place are no hang
+            stage, limit = self._stage()
+            found = (stage, _signature(frame))  # steps that spend all their time in one place are no hang
             suspended = now - looked > 3 * self._period + 1.0  # this process itself was stopped for a while
             looked = now
             if found != signature or suspended:
                 signature, self._since = found, now
                 self._suspicious.clear()
             self._place = place_of(frame)
-            if now - self._since >= self._timeout / 2:
+            if now - self._since >= limit / 2:
                 self._suspicious.set()
-            if now - self._since >= self._timeout:
+            if now - self._since >= limit:
                 self._fire()
 
     def _fire(self) -> None:
@@ -141,7 +158,7 @@ class Watchdog:
         with suppress(Exception):  # the store is gone: `_answered` stays behind, and that tells
             while not self._end.is_set():
                 beat += 1
-                told = {"beat": beat, "host": socket.gethostname(), "pid": os.getpid(), "stage": self._stage()}
+                told = {"beat": beat, "host": socket.gethostname(), "pid": os.getpid(), "stage": self._stage()[0]}
                 told |= {"where": self._place.text, "waits": self._place.collective, "end": self._farewell}
                 self._store.set(f"beat/{self._rank}", json.dumps(told))
                 # The first answers to all, and keeps the store: it is read always, so that its last place is known.
@@ -193,7 +210,7 @@ class Watchdog:
             return ""
         for rank, other in others.items():
             if other.told and not other.told["waits"]:
-                return f"{_name(rank, other.told)} is alive and does not come: it is in {other.told['where']}"
+                return f"{_name(rank, other.told)} is alive and does not come: it is in {_standing(other.told)}"
         for rank, other in others.items():
             if other.told and other.told["where"] != self._place.text:
                 return f"{_name(rank, other.told)} waits in another place: {other.told['where']}"
@@ -208,14 +225,16 @@ class Watchdog:
         return f"{name} gives no sign of life: {at}, where the ranks meet, has not answered for {seconds:.0f} s{last}"
 
     def _lost(self, blame: str, error: str = "") -> RankLost:
-        waited = time.monotonic() - self._since
+        waited, (stage, limit) = time.monotonic() - self._since, self._stage()
         how = f"lost contact ({error[:200]})" if error else f"has waited {waited:.0f} s"
+        aside = f", and what is no step may take {ASIDE_PATIENCE:g} times that" if limit > self._timeout else ""
+        slow = "raise timeout_minutes if this is slow, and no hang; " if aside and not error else ""
         lost = RankLost(
             blame,
-            f"rank {self._rank} {how} in {self._stage()}, {self._place.text or 'set-up'}; timeout_minutes is "
-            f"{self._timeout / 60:g}",
-            "start the same command again, without that machine if it happens twice; what was sealed is untouched; "
-            "stacks are in log-rank*.txt",
+            f"rank {self._rank} {how} in {stage}{self._place.text and ', '}{self._place.text}; timeout_minutes is "
+            f"{self._timeout / 60:g}{aside}",
+            f"{slow}start the same command again, without that machine if it happens twice; what was sealed is "
+            "untouched; stacks are in log-rank*.txt",
         )
         lost.in_its_words = blame.startswith(f"rank {self._confessor} ")
         return lost
@@ -261,7 +280,11 @@ def _silent(rank: int, other: _Other, now: float) -> str:
 
 
 def _last(told: dict[str, Any]) -> str:
-    return f"; last seen in {told['stage']}, {told['where'] or 'set-up'}"
+    return f"; last seen in {_standing(told)}"
+
+
+def _standing(told: dict[str, Any]) -> str:
+    return ", ".join(filter(None, (told["stage"], told["where"])))
 
 
 def _signature(frame: Any) -> int:

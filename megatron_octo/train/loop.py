@@ -48,7 +48,7 @@ def train(run: RunConfig, until: int | None = None, signals: StopSignals | None 
         watchdog = stack.enter_context(watch_ranks(runtime, run.timeout_minutes))
         engine, state = set_up(run, runtime)
         last = last_step(run, until)
-        watchdog.follow(lambda: f"step {state.step + 1} of {last}")
+        watchdog.follow(lambda: f"step {state.step + 1} of {last}", lambda: state.aside)
         with default_hooks(engine, state, last, signals) as hooks:
             while state.step < last:
                 facts = train_step(engine, state, hooks)

@@ -64,9 +64,10 @@ def rewind(state: TrainState, hooks: Hooks) -> None:
             and again.
         CheckpointError: the checkpoint is damaged.
     """
-    hooks.before_rewind(state)
-    checkpoint, facts, rewinds = on_rank_zero(lambda: _go_back(state))
-    load_checkpoint(checkpoint, state.models, state.optimizer, moments=True)
+    with state.apart("a rewind"):
+        hooks.before_rewind(state)
+        checkpoint, facts, rewinds = on_rank_zero(lambda: _go_back(state))
+        load_checkpoint(checkpoint, state.models, state.optimizer, moments=True)
     state.step, state.memory = facts["step"], facts.get("memory", {}) | {REWINDS: rewinds}
     hooks.after_rewind(state)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,7 @@ class TrainState:
         tokenizer: what tells its tokenizer from others; None where it is not there.
         stop_wanted: this process was asked to stop at the next step boundary.
         trouble: why the gradients of the step at hand are not used; None as long as they are.
+        aside: what the run does instead of a step, in words; empty while it takes one.
     """
 
     run: RunConfig
@@ -48,6 +51,7 @@ class TrainState:
     tokenizer: str | None = None
     stop_wanted: bool = False
     trouble: Trouble | None = None
+    aside: str = ""
 
     @property
     def run_tokens(self) -> int:
@@ -73,6 +77,13 @@ class TrainState:
         if self.run.parallel.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+
+    @contextmanager
+    def apart(self, what: str) -> Iterator[None]:
+        """Let whoever watches over the run know that this is no step; where an error ends the run, it stays known."""
+        before, self.aside = self.aside, f"{what} after step {self.step}"
+        yield
+        self.aside = before
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's `run.json` says about this moment."""

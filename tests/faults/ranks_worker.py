@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tiny_run import STEPS
 
 import megatron_octo.train.step as step_module
 from megatron_octo.checkpoint import store
@@ -66,6 +67,7 @@ STOPS = {
     "before the first step": lambda: [before(loop, "set_up", term)],
     "twice": lambda: [in_step(lambda: term(2)), before(store, "publish", term, 2)],
     "too long": lambda: [in_step(for_ever)],
+    "in the last step": lambda: [before(forward, "forward_step", term, 2 * STEPS)],
     "interrupted": lambda: [in_step(lambda: os.kill(os.getpid(), signal.SIGINT))],
 }
 
@@ -86,8 +88,15 @@ def forked(run: str, name: str, patches: list[Any], *overrides: str) -> dict[str
     return {"code": code, "said": said.read_text(), "seconds": time.monotonic() - began}
 
 
+def never_saved() -> None:
+    while True:
+        time.sleep(0.05)
+
+
 def nursery(run: str, out: str) -> None:
     notes = {"reference": forked(run, "reference", [])}
+    hung = [before(store, "publish", never_saved)]
+    notes["save that hangs"] = forked(run, "hung", hung, "checkpoint.every=256", "timeout_minutes=0.02")
     for name, patches in STOPS.items():
         notes[f"{name} first"] = forked(run, name, patches(), f"stop_grace_seconds={2 if name == 'too long' else 30}")
         notes[f"{name} left"] = sorted(path.name for path in store.sealed_checkpoints(Path(run).with_name(name)))

@@ -82,10 +82,25 @@ def test_a_signal_saves_and_ends_with_its_code_within_the_grace(folder, stops, n
     first = stops[f"{name} first"]
     assert first["code"] == STOPPED, first["said"]
     assert STOPPED_AT[name] in stops[f"{name} left"]
-    told = "SIGINT" if name == "interrupted" else "SIGTERM"
+    told = "Ctrl-C (SIGINT)" if name == "interrupted" else "SIGTERM"
     assert f"stopped by {told}, " in first["said"]
     assert " s ago, after step " in first["said"]
     assert "fix: start the same command again" in first["said"]
+
+
+def test_a_signal_in_the_last_step_stops_nothing(folder, stops):
+    first = stops["in the last step first"]
+    assert first["code"] == 0, first["said"]
+    assert "stopped" not in first["said"]
+    assert f"finished: step {STEPS} of {STEPS}" in first["said"]
+    assert shards(folder / "in the last step") == shards(folder / "reference")
+
+
+def test_a_save_that_hangs_has_more_time_than_a_step_and_is_called_a_save(stops):
+    hung = stops["save that hangs"]
+    assert hung["code"] == LOST
+    assert "has waited 4 s in a save after step 2, " in hung["said"]
+    assert "fix: raise timeout_minutes if this is slow" in hung["said"]
 
 
 def test_a_signal_before_the_first_step_ends_at_once(stops):

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_octo.errors import EnvironmentProblem, StageFailed
 from megatron_octo.runtime.launch import launch
+from megatron_octo.runtime.stop import STOPPED, name_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,7 +38,7 @@ elif kind == "port":
     print(os.environ["MASTER_PORT"] if rank == "0" else ""); time.sleep(0.5)
 elif kind == "saves":
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
-    time.sleep(60)
+    print("ready", flush=True); time.sleep(60)
 else:
     time.sleep(60)
 """
@@ -186,6 +187,18 @@ def test_a_stop_signal_reaches_the_ranks_and_is_reported(parent, tmp_path, numbe
     process.send_signal(number)
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert f"stopped by {number.name}" in said
+    assert f"stopped by {name_of(number)}" in said
     assert ended(ranks, 0.1)
     assert "saved" in (tmp_path / "logs" / "log-rank0.txt").read_text()
+
+
+def test_a_signal_that_finds_all_ranks_at_their_end_stops_nothing(start, tmp_path):
+    told = []
+
+    def tell():
+        logs = [tmp_path / "logs" / f"log-rank{rank}.txt" for rank in range(2)]
+        if not told and all(log.exists() and "ready" in log.read_text() for log in logs):
+            told.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    assert all("saved" in log for log in start("saves", watch=tell, stopped_code=STOPPED))
+    assert told

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_octo.runtime.place import place_of
 from megatron_octo.runtime.stop import LOST, RankLost
-from megatron_octo.runtime.watchdog import Watchdog
+from megatron_octo.runtime.watchdog import ASIDE_PATIENCE, Watchdog
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -71,6 +71,18 @@ def test_only_a_thread_that_stays_in_one_place_of_one_step_hangs(monkeypatch, st
     watchdog.follow(lambda: f"step {int(4 * (time.monotonic() - began)) if steps_go_by else 7} of 9")
     with watchdog:
         assert fired.wait(2.5) is not steps_go_by
+
+
+def test_what_is_no_step_has_more_time_and_is_called_what_it_is(monkeypatch):
+    watchdog, lost, fired = Watchdog(0, 1, None, timeout=0.6), [], threading.Event()
+    monkeypatch.setattr(watchdog, "_fire", lambda: (lost.append(watchdog._lost(watchdog._look(0.0))), fired.set()))
+    assert watchdog._stage() == ("set-up", 0.6 * ASIDE_PATIENCE)
+    watchdog.follow(lambda: "step 8 of 9", lambda: "a save after step 7")
+    with watchdog:
+        assert fired.wait(9.0)
+    said = str(lost[0])
+    assert "has waited 2 s in a save after step 7, " in said
+    assert "timeout_minutes is 0.01, and what is no step may take 3 times that; fix: raise timeout_minutes if" in said
 
 
 def test_where_a_thread_waits_is_said_with_the_collective_and_its_caller(store):

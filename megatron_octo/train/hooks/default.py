@@ -28,7 +28,7 @@ def default_hooks(engine: Engine, state: TrainState, last: int, signals: StopSig
     # The sentinel comes first: what it replays belongs to no step's statistics, and metrics and checkpoints tell what
     # it decided. Statistics come before judges: a step that is judged badly leaves its own.
     hooks = [*sentinels(engine, state), WriteStatistics(engine, loggers), *judges, *reports, saves]
-    return Hooks([*hooks, Profile(engine, hooks), StopOnSignal(signals, saves)], state)
+    return Hooks([*hooks, Profile(engine, hooks), StopOnSignal(signals, saves, last)], state)
 
 
 def sentinels(engine: Engine, state: TrainState) -> list[Hook]:

@@ -56,7 +56,8 @@ class SaveCheckpoints(Hook):
 
     def finish(self, state: TrainState) -> None:
         """Save the end of the run, or the place where it was asked to stop."""
-        self.complete()
+        with state.apart("a save"):
+            self.complete()
         if state.step > self._saved_step:
             self._save(state, background=False)
 
@@ -80,11 +81,12 @@ class SaveCheckpoints(Hook):
             self._saver.complete()
 
     def _save(self, state: TrainState, *, background: bool) -> None:
-        self.complete()
-        self._saved_step = state.step
-        with self._blocked():
-            state.gather_weights()
-            self._saver.save(state.facts(), background=background)
+        with state.apart("a save"):
+            self.complete()
+            self._saved_step = state.step
+            with self._blocked():
+                state.gather_weights()
+                self._saver.save(state.facts(), background=background)
 
     @contextmanager
     def _blocked(self) -> Iterator[None]:

@@ -21,10 +21,11 @@ class StopOnSignal(Hook):
     Args:
         signals: those of this process.
         saves: whose first save is measured.
+        last: the step this leg of the run ends with: a signal in it comes too late to stop anything.
     """
 
-    def __init__(self, signals: StopSignals, saves: SaveCheckpoints) -> None:
-        self._signals, self._saves = signals, saves
+    def __init__(self, signals: StopSignals, saves: SaveCheckpoints, last: int) -> None:
+        self._signals, self._saves, self._last = signals, saves, last
         self._stopping, self._measured = False, False
 
     def open(self, state: TrainState) -> None:
@@ -49,7 +50,7 @@ class StopOnSignal(Hook):
         Raises:
             Stopped: a signal ended the run before its last step.
         """
-        if self._stopping:
+        if self._stopping and state.step < self._last:
             told = self._signals.told
             who = f"{told}, {self._signals.seconds:.1f} s ago" if told else "a signal to another rank"
             raise Stopped(

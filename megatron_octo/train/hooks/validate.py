@@ -84,7 +84,8 @@ class Validate(Hook):
 
     def _validate(self, state: TrainState) -> None:
         began = time.perf_counter()
-        found = losses_of(self._engine, state, self._sources)
+        with state.apart("a validation"):
+            found = losses_of(self._engine, state, self._sources)
         state.memory[MEMORY] = state.step
         self.loss = sum(loss for loss, _ in found.values()) / len(found)
         if self._file is None:
@@ -112,11 +113,12 @@ def losses_of(engine: Engine, state: TrainState, sources: dict[str, HeldOut]) ->
     runtime = engine.runtime
     totals = torch.zeros(len(sources), 2, dtype=torch.float64, device=runtime.device)
     with _evaluating(state), torch.no_grad():
-        for place, source in enumerate(sources.values()):
+        for place, (name, source) in enumerate(sources.items()):
             run, rounds = _rounds(state.run, source.count)
             batches = Batches(run, runtime, source)
             for number in range(rounds):
-                losses = run_batches(engine, state, batches.of_step(number), forward_only=True)
+                with state.apart(f"a validation ({name}, batch {number + 1} of {rounds})"):
+                    losses = run_batches(engine, state, batches.of_step(number), forward_only=True)
                 if losses and runtime.tensor_group.rank() == 0:
                     totals[place] += torch.stack(losses).double().sum(0)
     if runtime.world_size > 1:
