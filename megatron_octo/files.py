@@ -12,7 +12,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -93,13 +93,22 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and what is missing above it, so that its name survives a power cut."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        with suppress(PermissionError):  # names may be added to some directories that cannot be read
+            flush_to_disk(one.parent)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one step; a reader or a crash sees the old content or the new, never a part.
 
     When this returns the file survives a power cut. Its directory is made if missing. Several processes may write the
     same file, each through a name of its own; what a killed one leaves is a file named `.<name>.<any>.tmp`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -176,7 +185,7 @@ def hold(directory: Path, patience: float = 0.0, shared: bool = False) -> IO[str
         EnvironmentProblem: its file system has no locks.
         OSError: the directory cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     lock = (directory / LOCK).open("a+", encoding="utf-8")
     deadline = time.monotonic() + patience
     while True:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
 from megatron_octo.config.schedule import ScheduleConfig
-from megatron_octo.schedule.learning_rate import learning_rate
+from megatron_octo.schedule.learning_rate import decay_start, learning_rate
 
 
 def rewritten_past(before: ScheduleConfig, now: ScheduleConfig, position: int, step_tokens: int) -> str | None:
@@ -23,10 +26,23 @@ def rewritten_past(before: ScheduleConfig, now: ScheduleConfig, position: int, s
     """
     if now.tokens <= position - step_tokens:
         return f"it would end at {now.tokens} tokens, and {position} are trained"
-    for start in range(0, position + 1, step_tokens):
+    for start in _telling(before, now, position, step_tokens):
         was, would_be = learning_rate(before, start), learning_rate(now, start)
         if was != would_be and start < position:
             return f"the step at {start} tokens was taken at {was:.10g}, and would have been at {would_be:.10g}"
         if was != would_be:
             return f"the rate would jump from {was:.10g} to {would_be:.10g} at {position} tokens, where the run stands"
     return None
+
+
+def _telling(before: ScheduleConfig, now: ScheduleConfig, position: int, step_tokens: int) -> Iterator[int]:
+    """Where steps start, up to a position; of those at which both schedules hold their peaks the first and the last.
+
+    A run of millions of steps has spent most of them there.
+    """
+    decays = [start for start in (decay_start(before), decay_start(now)) if start is not None]
+    first = -(-max(before.warmup, now.warmup) // step_tokens) * step_tokens
+    last = min(position, *decays) // step_tokens * step_tokens if decays else position
+    if last <= first:
+        return iter(range(0, position + 1, step_tokens))
+    return chain(range(0, first + 1, step_tokens), range(last, position + 1, step_tokens))

@@ -27,7 +27,7 @@ from megatron_octo.config.run import RunConfig
 from megatron_octo.data.mix.held_out import open_held_out
 from megatron_octo.data.mix.replace import decide
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
-from megatron_octo.files import hold, is_held, read_json, write_json, write_text
+from megatron_octo.files import hold, is_held, make_directory, read_json, write_json, write_text
 from megatron_octo.schedule.fork import LINEAGE, Origin, lineage_record, record_fork, with_parents_rate
 from megatron_octo.train.change import continued, refuse_renamed, stored_run, with_moved_data
 from megatron_octo.train.loggers import check_loggers
@@ -117,7 +117,7 @@ def make_place(run_dir: Path) -> None:
         EnvironmentProblem: it cannot be made.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(run_dir)
     except OSError as error:
         raise EnvironmentProblem(
             f"{run_dir}: cannot be made ({error.strerror})", "a run keeps its checkpoints there", "name another `out`"

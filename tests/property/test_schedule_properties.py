@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_octo.config.schedule import ScheduleConfig
 from megatron_octo.errors import ConfigError
+from megatron_octo.schedule import change
 from megatron_octo.schedule.change import rewritten_past
 from megatron_octo.schedule.fork import seam_rate
 from megatron_octo.schedule.learning_rate import learning_rate
@@ -114,6 +115,15 @@ def test_a_change_is_accepted_exactly_where_it_lies_in_the_future(before, now, s
     taken = all(learning_rate(before, start) == learning_rate(now, start) for start in starts)
     ended = -(-now.tokens // step_tokens) < steps
     assert (rewritten_past(before, now, position, step_tokens) is None) == (taken and not ended)
+
+
+def test_a_stable_stretch_of_millions_of_steps_is_not_walked_step_by_step(monkeypatch):
+    asked = []
+    monkeypatch.setattr(change, "learning_rate", lambda *given: (asked.append(given), learning_rate(*given))[1])
+    before = ScheduleConfig(kind="constant", learning_rate=1e-3, warmup=2000, tokens=6 * 10**6)
+    now = before.model_copy(update={"tokens": 9 * 10**6, "kind": "wsd", "decay": 3 * 10**6})
+    assert rewritten_past(before, now, 6 * 10**6, 1) is None
+    assert len(asked) < 5000
 
 
 @given(schedules(kinds=("constant", "wsd"), most=5000), st.floats(0, 1), st.integers(1, 5000), st.sampled_from(SHAPES))

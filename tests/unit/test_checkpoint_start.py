@@ -24,7 +24,7 @@ from megatron_octo.schedule.fork import pinned_checkpoints
 from megatron_octo.train import start
 from megatron_octo.train.api import load_run, train_run
 from megatron_octo.train.change import check_data
-from megatron_octo.train.start import cut_metrics, only_trainer, open_run, plan_start
+from megatron_octo.train.start import cut_metrics, make_place, only_trainer, open_run, plan_start
 
 
 def values(out, **more):
@@ -383,3 +383,14 @@ def test_the_command_refuses_before_any_process_starts(config, tmp_path):
     (module, arguments, processes, logs, _), _ = launch.call_args
     assert (module, processes, logs) == ("megatron_octo.train", 2, config.out)
     assert arguments == [str(tmp_path / "run.yaml"), "data.seed=0", "parallel.data=2", "--until", "4000"]
+
+
+@pytest.mark.parametrize("make", [make_place, lambda out: only_trainer(out).close()])
+def test_a_new_run_directory_survives_a_power_cut_with_all_above_it(tmp_path, monkeypatch, make):
+    flushed = []
+    monkeypatch.setattr("megatron_octo.files.flush_to_disk", flushed.append)
+    make(tmp_path / "above" / "run")
+    assert {tmp_path, tmp_path / "above"} <= set(flushed)
+    flushed.clear()
+    make_place(tmp_path / "above" / "run")
+    assert flushed == []
