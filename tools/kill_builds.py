@@ -27,11 +27,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,12 @@ QUICK = {"build": 3, "repair": 2, "dedup": 1, "curate": 2}
 _TOUCHES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 MARK = ("OCTO_KILL_BUILDS", f"{os.getpid()}-{time.monotonic_ns()}")
 """Variable that the processes of a command have, and its value."""
+_RAY = """
+import sys, ray
+context = ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[1], logging_level="ERROR")
+print("address", context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
 _SIGNALS = {"started": ("KILL", "TERM"), "worker": ("KILL",), "all": ("KILL", "TERM", "INT")}
 
 
@@ -354,6 +362,21 @@ def start_server() -> tuple[int, str]:
         return pid, f"http://127.0.0.1:{file.read()}"
 
 
+@contextlib.contextmanager
+def a_ray(folder: Path) -> Iterator[dict[str, str]]:
+    """A Ray of this machine that outlives the builds on it; yields the variables that lead there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _RAY, str(folder / "ray")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        lines = (line.strip() for line in process.stdout)
+        yield {"RAY_ADDRESS": next(line.removeprefix("address ") for line in lines if line.startswith("address "))}
+    finally:
+        process.stdin.close()
+        process.wait(60)
+
+
 def shares(kills: int, names: list[str]) -> dict[str, int]:
     """How many kills each kind gets."""
     total = sum(SHARES.get(name, 3) for name in names)
@@ -410,8 +433,9 @@ def main() -> int:
     from megatron_octo.progress import Progress
 
     try:
-        with tempfile.TemporaryDirectory(prefix="kill_builds_", dir=options.scratch) as scratch:
-            storm = Storm(Path(scratch), options.seed, url, {})
+        with tempfile.TemporaryDirectory(prefix="kb", dir=options.scratch) as scratch, contextlib.ExitStack() as stack:
+            more = stack.enter_context(a_ray(Path(scratch))) if "ray" in options.shares else {}
+            storm = Storm(Path(scratch), options.seed, url, more)
             storm.learn(list(options.shares), options.quick)
             with Progress("kills", sum(options.shares.values()), "kills", lines=True) as bar:
                 for name, kills in options.shares.items():
