@@ -159,8 +159,10 @@ def _lives(pid: Path) -> bool:
 def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real Ray of this machine: results, errors as they were, and a task that kills its worker each time."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    ending = signal.getsignal(signal.SIGTERM)
     with executor_of("ray", 2) as ray:
         assert run_stages([_stage(tmp_path, *["square"] * 5)], tmp_path, ray) == {"squares": FACTS}
+        assert signal.getsignal(signal.SIGTERM) == ending, "Ray has its own, with another exit code"
         with pytest.raises(DataError, match="that shard, line 7: broken; a rule; fix: mend it"):
             run_stages([_stage(tmp_path, "square", "refuse", made_from=2)], tmp_path, ray)
         with pytest.raises(RuntimeError, match="raise Peculiar"):

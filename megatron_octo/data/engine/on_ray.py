@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -78,16 +81,26 @@ class OnRay:
             try:
                 # of accelerators, which data does not need
                 warnings.filterwarnings("ignore", category=FutureWarning, module="ray.*")
-                ray.init(
-                    num_cpus=self._workers if not os.environ.get("RAY_ADDRESS") else None, include_dashboard=False,
-                    log_to_driver=False, logging_level=logging.ERROR,
-                )  # fmt: skip
+                with _own_sigterm():
+                    ray.init(
+                        num_cpus=self._workers if not os.environ.get("RAY_ADDRESS") else None, include_dashboard=False,
+                        log_to_driver=False, logging_level=logging.ERROR,
+                    )  # fmt: skip
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise EnvironmentProblem(
                     f"Ray cannot be reached ({error})", "RAY_ADDRESS names the cluster", "mend it, or unset it"
                 ) from None
             self._started = True
         return ray
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: Ray puts its own in place, which prints its stack and ends with 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():  # where Ray does it, too
+        signal.signal(signal.SIGTERM, before)
 
 
 def _attempt(call: Call, directory: str, code: dict[str, str]) -> tuple[str, Any]:
