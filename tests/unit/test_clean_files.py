@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,24 @@ def test_what_was_read_of_another_file_counts_for_nothing(tmp_path: Path, monkey
         with pytest.raises(DataError, match="changed while the build read it"):
             clean_files(config, tmp_path / "out")
     assert clean_files(config, tmp_path / "out")["accounts"]["a"]["read"] == 60
+
+
+def test_what_the_manifest_vouches_for_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and the names of their directories, before there is a manifest; and nothing else stays."""
+    path, flushed, fsync, out = tmp_path / "a.jsonl", set(), os.fsync, tmp_path / "out"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "One"}\n')
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        if not (out / "manifest.json").exists():
+            whole = Path(f"/proc/self/fd/{descriptor}").readlink()
+            flushed.add(re.sub(r"\.\w+\.(partial|tmp)$", "", "/".join(whole.parts[-2:])))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    clean_files(config_of(corpora={"a": {"path": str(path)}}, deduplicate={}), out, workers=1)
+    left = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert left - {".lock"} == {"a", "a/00000.jsonl.zst", "manifest.json", "removals.jsonl"}
+    assert {"a/.00000.jsonl.zst", "result/a", "result/.removals.jsonl", "result/.manifest.json"} <= flushed
 
 
 def test_measure_prints_and_writes_the_table(tmp_path: Path) -> None:
