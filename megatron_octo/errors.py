@@ -98,22 +98,19 @@ def machine_problem(error: Exception) -> EnvironmentProblem | None:
     if number == errno.EISDIR:
         return EnvironmentProblem(f"{place}is a directory, and a file is needed", fix="name another place")
     if number in _TOO_MANY:
-        return EnvironmentProblem(
-            f"{place}{os.strerror(number).lower()}",
-            _open_files(number),
-            "raise it with `ulimit -n 65536`, or, where the files of a corpus are many, have fewer and larger ones",
-        )
+        return EnvironmentProblem(f"{place}{os.strerror(number).lower()}", *_open_files(number))
     if number in _NO_PLACE:
         reason = os.strerror(number).lower()
         return EnvironmentProblem(f"{place[:200]}{reason}", fix="give it a shorter name")
     return None
 
 
-def _open_files(number: int) -> str:
-    """Which limit is reached."""
+def _open_files(number: int) -> tuple[str, str]:
+    """Which limit is reached, and how it is raised."""
     if number == errno.ENFILE:
-        return "all processes of this machine together reached the limit of open files (sysctl fs.file-max)"
-    return f"one process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open at once here (ulimit -n)"
+        return "it is the limit of all processes of this machine together", "raise it with `sysctl fs.file-max`"
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"one process may have {most} open at once here", "raise it with `ulimit -n 65536`, and start again"
 
 
 def no_space(place: object = None, reason: str = "no space left on device") -> EnvironmentProblem:

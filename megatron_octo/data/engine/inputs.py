@@ -139,26 +139,23 @@ def hash_input(file: InputFile) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:_SAID]
         fix = _AFAR if "://" in file.path else "make it readable"
         raise DataError(f"{file.path} cannot be read ({reason})", fix=fix) from None
-    if count.bytes != file.bytes:
-        raise DataError(f"{file.path} ends at byte {count.bytes} of {file.bytes}", "it is cut short", _AGAIN)
     refuse_change(file)
     found = {"bytes": file.bytes, "sha256": digest.hexdigest()}
     return {**found, "lines": count.found} if count.found else found
 
 
 class _LineCount:
-    """Counts, while a file goes by, its bytes and the lines that begin before each of some places."""
+    """Counts, while a file goes by, the lines that begin before each of some places."""
 
     def __init__(self, cuts: Sequence[int]) -> None:
-        self._cuts, self._lines = list(cuts), 1  # one begins at the start
-        self.bytes = 0
+        self._cuts, self._place, self._lines = list(cuts), 0, 1  # one begins at the start
         self.found: list[int] = []
 
     def update(self, chunk: bytes) -> None:
         """Take the next bytes of the file."""
         start = 0
         while len(self.found) < len(self._cuts):
-            end = max(0, self._cuts[len(self.found)] - 1) - self.bytes  # what ends there begins a line at the cut
+            end = max(0, self._cuts[len(self.found)] - 1) - self._place  # what ends there begins a line at the cut
             if end > len(chunk):
                 break
             self._lines += chunk.count(b"\n", start, end)
@@ -166,7 +163,7 @@ class _LineCount:
             self.found.append(self._lines if self._cuts[len(self.found)] else 0)
         if len(self.found) < len(self._cuts):
             self._lines += chunk.count(b"\n", start)
-        self.bytes += len(chunk)
+        self._place += len(chunk)
 
 
 def refuse_change(file: InputFile) -> None:
