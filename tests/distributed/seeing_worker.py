@@ -23,6 +23,9 @@ from tiny_run import STEP_TOKENS
 
 import megatron_octo.train.step as step_module
 from megatron_octo.errors import StageFailed
+from megatron_octo.runtime.watchdog import Watchdog
+from megatron_octo.train import rewind
+from megatron_octo.train.hooks import validate
 
 OVERLAPPED = "parallel={data: 2, overlap_grad_reduce: true, overlap_param_gather: true}"
 LAYOUTS = {
@@ -67,6 +70,23 @@ def happens(step: int, action: Callable[[list[torch.Tensor]], None]) -> Iterator
         yield
 
 
+@contextmanager
+def overheard(owner: Any, name: str, said: list[str]) -> Iterator[None]:
+    """Note what the watchdog would call the moment of each call of a function."""
+    follow, plain, watching = Watchdog.follow, getattr(owner, name), []
+
+    def followed(self: Watchdog, *answers: Any) -> None:
+        watching.append(self)
+        follow(self, *answers)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        said.append(watching[-1]._stage()[0])
+        return plain(*arguments, **options)
+
+    with mock.patch.object(Watchdog, "follow", followed), mock.patch.object(owner, name, called):
+        yield
+
+
 def bad_loss(losses: list[torch.Tensor]) -> None:
     losses[0][0] = math.nan
 
@@ -80,8 +100,10 @@ def main() -> None:
     folder = trainer.run.parent
     short = [f"schedule.tokens={LENGTH * STEP_TOKENS}", "checkpoint.every=1M", "model.layers=4"]
     seen = [*short, *validation(folder), "logging.statistics_every=3", "logging.profile_every=2"]
+    stages: dict[str, list[str]] = {"validation": [], "rewind": []}
     for name, layout in LAYOUTS[nproc].items():
-        trainer.train(name, *seen, *layout)
+        with overheard(validate, "run_batches", stages["validation"]):
+            trainer.train(name, *seen, *layout)
     if nproc == 1:
         trainer.train("blind", *short, "logging.tensorboard=false")
         with signalled_at(3):  # the step it ends with is one of the validated
@@ -97,12 +119,12 @@ def main() -> None:
         trainer.train("overlapped blind", *short, OVERLAPPED)
         back = [*seen, OVERLAPPED, f"checkpoint.every={3 * STEP_TOKENS}", "logging.statistics_every=2"]
         for policy in ("rewind", "skip"):
-            with happens(5, bad_loss):
+            with happens(5, bad_loss), overheard(rewind, "load_checkpoint", stages["rewind"]):
                 trainer.train(policy, *back, f"watch.nonfinite={policy}")
     if nproc == 4:
         trainer.train("blind four", *short, *LAYOUTS[4]["PP2 VPP2 DP2"])
     rank = int(os.environ.get("RANK", "0"))
-    Path(sys.argv[3]).with_suffix(f".{rank}.json").write_text(json.dumps(trainer.notes))
+    Path(sys.argv[3]).with_suffix(f".{rank}.json").write_text(json.dumps({**trainer.notes, "stages": stages}))
     dist.destroy_process_group()
 
 

@@ -47,6 +47,12 @@ def weights(run_dir: Path) -> dict[str, str]:
     return {name: entry["blake3"] for name, entry in files.items() if name.endswith(".distcp")}
 
 
+def test_the_watchdog_knows_a_validation_and_a_rewind_from_a_step(folder):
+    batches = [f"a validation ({name}, batch {number} of 2)" for name in ("even", "odd") for number in (1, 2)]
+    assert notes(folder, 1)["stages"]["validation"] == [f"{one} after step {n}" for n in (2, 4, 6) for one in batches]
+    assert notes(folder, 2)["stages"]["rewind"] == ["a rewind after step 4"]
+
+
 @pytest.mark.parametrize(
     ("seen", "blind"),
     [

@@ -67,6 +67,17 @@ def test_a_failing_peer_ends_the_benchmark_with_its_own_words(
         bench.time_first_step(tmp_path)
 
 
+def test_a_saving_process_ends_without_the_interpreters_own_ending(bench: ModuleType, monkeypatch) -> None:
+    """Groups of gloo still have their threads, and those can abort it with all work done."""
+    ends: list[int] = []
+    monkeypatch.setattr(bench, "save", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", "--save", "x", "true"])
+    monkeypatch.setattr(bench.os, "_exit", lambda code: sys.exit(ends.append(code)))
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert ends == [0]
+
+
 def test_a_peer_that_trains_something_else_is_refused(bench: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {vocabulary: 256}")
     bench._check_loss("octo", 5.6, tmp_path)
