@@ -145,7 +145,7 @@ def test_what_the_manifest_vouches_for_is_on_the_disk(tmp_path: Path, monkeypatc
     clean_files(config_of(corpora={"a": {"path": str(path)}}, deduplicate={}), out, workers=1)
     left = {str(path.relative_to(out)) for path in out.rglob("*")}
     assert left - {".lock"} == {"a", "a/00000.jsonl.zst", "manifest.json", "removals.jsonl"}
-    assert {"a/.00000.jsonl.zst", "result/a", "result/.removals.jsonl", "result/.manifest.json"} <= flushed
+    assert {"a/00000.jsonl.zst", "result/a", "result/removals.jsonl", "result/.manifest.json"} <= flushed
 
 
 def test_measure_prints_and_writes_the_table(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from megatron_octo.data.engine.publish import (
 )
 from megatron_octo.data.engine.stage import FILES, Stage, run_stages
 from megatron_octo.errors import DataError
-from megatron_octo.files import flush_to_disk, hash_file, replacing
+from megatron_octo.files import hash_file, replacing
 
 _WRITE = "write"
 _LEVEL = 3
@@ -114,15 +114,12 @@ def write_records(cleaning: Cleaning, part: Part) -> dict[str, Any]:
     path = cleaning.work / RESULT / shard.corpus / f"{shard.number:05}.jsonl.zst"
     path.parent.mkdir(parents=True, exist_ok=True)
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    with replacing(path) as temporary:
-        with temporary.open("wb") as file, compressor.stream_writer(file) as stream:
-            row = 0
-            for number, line in _records(shard):
-                if row < len(kept) and kept[row] == number:
-                    stream.write(line + b"\n")
-                    row += 1
-        flush_to_disk(temporary)
-    flush_to_disk(path.parent)
+    with replacing(path) as temporary, temporary.open("wb") as file, compressor.stream_writer(file) as stream:
+        row = 0
+        for number, line in _records(shard):
+            if row < len(kept) and kept[row] == number:
+                stream.write(line + b"\n")
+                row += 1
     return {"documents": len(kept), "sha256": hash_file(path), FILES: cleaning.files(path)}
 
 
@@ -166,12 +163,10 @@ def _manifest(
 def _gather(work: Path, shards: dict[str, list[Shard]]) -> dict[str, Any]:
     """All removals in one file; returns its entry in the manifest."""
     path = work / RESULT / _REMOVALS
-    with replacing(path) as temporary:
-        with temporary.open("wb") as file:
-            for shard in (shard for own in shards.values() for shard in own):
-                with removals_path(work, shard).open("rb") as part:
-                    shutil.copyfileobj(part, file)
-        flush_to_disk(temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for shard in (shard for own in shards.values() for shard in own):
+            with removals_path(work, shard).open("rb") as part:
+                shutil.copyfileobj(part, file)
     return {_REMOVALS: {"sha256": hash_file(path)}}
 
 

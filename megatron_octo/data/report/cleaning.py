@@ -18,7 +18,8 @@ _WORD = re.compile(r"\w+")
 _RUN = 3  # words in a row that are marked as common
 _TITLES = {EXACT: "Exact duplicates", NEAR: "Near duplicates", LEAK: "Leaks of benchmark questions"}
 _EXCERPTS = (
-    "Underlined: words that both have in a row. Of duplicates the beginning is shown; near ones may differ later."
+    "Underlined: words that both have in a row. Of duplicates the beginning is shown; near ones may differ later. Of a "
+    "leak the longest passage that agrees is shown, with what stands around it, in the spelling that is compared."
 )
 _SHORT = {EXACT: "exact", NEAR: "near", LEAK: "leaks", HELDOUT: "held out"}
 _KINDS = {

@@ -7,14 +7,14 @@ from typing import Any
 
 from megatron_octo.config.clean import Benchmark
 from megatron_octo.data.clean.questions import benchmark_file, read_questions
-from megatron_octo.data.clean.removals import EXACT, NEAR, excerpt_of
+from megatron_octo.data.clean.removals import EXACT, NEAR, SHOWN, excerpt_of
 from megatron_octo.data.index.encode import Encoder
 from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.index.table import DocumentTable, docs_path
 from megatron_octo.errors import OctoError
 from megatron_octo.files import hash_file
 
-_TOKENS = 160  # decoded of a document that was kept; an excerpt has 200 characters
+_TOKENS = SHOWN  # decoded of a document that was kept: a token is a character or more
 
 
 class Others:
@@ -46,7 +46,7 @@ class Others:
         tokens = read_index(self._out / corpus, checked=True).document(place)
         marks = (self._encoder.begin, self._encoder.end)
         text = self._encoder.decode([token for token in tokens[:_TOKENS].tolist() if token not in marks])
-        return excerpt_of(text), None
+        return excerpt_of(text, SHOWN), None
 
     def _question(self, name: str) -> tuple[str | None, str | None]:
         benchmark = name.partition("/")[0]
