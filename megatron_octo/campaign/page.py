@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from megatron_octo.campaign import figures
@@ -23,10 +22,8 @@ from megatron_octo.campaign.palette import STABLE, branch_colours
 from megatron_octo.campaign.record import Record
 from megatron_octo.campaign.tree import campaign_tree
 from megatron_octo.page.drawing import to_svg
+from megatron_octo.page.frame import framed
 from megatron_octo.page.markup import Facts, absent, coloured, key, listed, look, table
-from megatron_octo.page.palette import style_sheet
-
-_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def render_page(record: Record, values: dict[str, Any]) -> str:
@@ -41,8 +38,8 @@ def render_page(record: Record, values: dict[str, Any]) -> str:
     """
     show = Facts(values)
     colours = branch_colours(list(values["branches"]))
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=style_sheet(),
+    return framed(
+        Path(__file__).parent,
         title=escape(f"Campaign {values['name']}"),
         banner=_banner(values),
         summary=_summary(show),

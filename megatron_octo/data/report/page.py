@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.data.report import figures
 from megatron_octo.data.report.appendix import licences_section, origins_section, samples_section
 from megatron_octo.data.report.cleaning import accounts_section, recall_section, removed_section
 from megatron_octo.page.drawing import to_svg
+from megatron_octo.page.frame import framed
 from megatron_octo.page.markup import Facts, absent, coloured, key, listed, shown, table
-from megatron_octo.page.palette import BLUE, GREEN, NEUTRAL, VERMILION, style_sheet
+from megatron_octo.page.palette import BLUE, GREEN, NEUTRAL, VERMILION
 from megatron_octo.units import format_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TEMPLATE = Path(__file__).with_name("page.html")
+_LINKS = {
+    **{name: name for name in ("sources", "lengths", "tokens", "accounts", "removed", "recall", "samples", "licences")},
+    "made-from": "inputs, settings, versions",
+}
 
 
 def render_page(facts: dict[str, Any]) -> str:
@@ -32,11 +35,13 @@ def render_page(facts: dict[str, Any]) -> str:
     """
     show, colours = Facts(facts), figures.source_colours(facts)
     recall = facts["cleaning"]["recall"]
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=style_sheet(),
+    links = "".join(f'<a href="#{place}">{words}</a>' for place, words in _LINKS.items())
+    return framed(
+        Path(__file__).parent,
         title=shown(f"Data: {facts['name']}"),
         banner=doubt(facts),
         summary=_summary(show),
+        links=f"<nav>{links}</nav>",
         cards=_cards(show),
         sources=_sources(show, colours),
         lengths=_lengths(show, colours),
