@@ -17,7 +17,7 @@ from megatron_octo.config.load import dump_config, load_config, parse_config
 from megatron_octo.data.engine.build import build_data, only_writer
 from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.data.index.encode import load_encoder
-from megatron_octo.data.index.pairs import import_indexed_dataset, read_index
+from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.index.writer import IndexedWriter
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import LOCK
@@ -116,12 +116,13 @@ def test_two_builds_are_equal_to_the_byte(built: Path, tmp_path: Path) -> None:
 def test_bytes_are_those_of_megatrons_tool(built: Path, tmp_path: Path) -> None:
     """The steps of Megatron-LM's preprocessing, with transformers' tokenizer: encode, append the end mark, add."""
     import torch
+    from megatron.core.datasets import indexed_dataset as megatron
     from transformers import AutoTokenizer
 
     from megatron_octo.data.corpora.read import ShardReader
     from megatron_octo.data.corpora.shard import list_shards
 
-    megatron, tokenizer = import_indexed_dataset(), AutoTokenizer.from_pretrained(built / "data" / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(built / "data" / "tokenizer")
     builder = megatron.IndexedDatasetBuilder(
         str(tmp_path / "real.bin"), dtype=megatron.DType.optimal_dtype(len(tokenizer))
     )

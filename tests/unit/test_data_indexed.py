@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_octo.data.index.inspect import inspect
-from megatron_octo.data.index.pairs import bin_path, idx_path, import_indexed_dataset, read_index
+from megatron_octo.data.index.pairs import bin_path, idx_path, read_index
 from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_file
@@ -32,9 +32,10 @@ def pair(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(500, np.uint16), (65499, np.uint16), (65500, np.int32)])
 def test_bytes_are_megatrons(tmp_path: Path, vocabulary: int, dtype: type) -> None:
     import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     documents = _documents(200, vocabulary)
-    builder = import_indexed_dataset().IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
     for document in documents:
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(str(tmp_path / "megatron.idx"))

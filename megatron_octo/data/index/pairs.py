@@ -7,7 +7,6 @@ megatron's reader does not: that the two files belong together.
 from __future__ import annotations
 
 import struct
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,14 +190,6 @@ def _check_documents(path: Path, lengths: np.ndarray, pointers: np.ndarray, ends
 def damaged(path: Path, reason: str) -> DataError:
     """The error for a file that is not as it was written."""
     return DataError(f"{path} is damaged: {reason}", "it must be exactly what was written", "build it again")
-
-
-def import_indexed_dataset() -> Any:
-    """Import megatron-core's indexed dataset module without its warnings about kernels that data does not need."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
 
 
 def _where_to_look(prefix: Path) -> str:
