@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 
 from megatron_octo.cli import root as cli
@@ -82,14 +85,28 @@ LINES = {
 Octo = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def octo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Octo]:
-    """`octo ARGUMENTS` inside this process, in a directory full of traps: exit code, stdout, stderr."""
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every test finds in its directory, written once."""
+    folder = tmp_path_factory.mktemp("traps")
     for name, values in FILES.items():
-        (tmp_path / name).write_text(yaml.safe_dump(values))
+        (folder / name).write_text(yaml.safe_dump(values))
     for name, line in LINES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"{line}\n")
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{line}\n")
+    return folder
+
+
+parser = functools.cache(typer.main.get_command)  # typer makes the parser of all commands anew for each call
+
+
+@pytest.fixture
+def octo(
+    traps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Octo]:
+    """`octo ARGUMENTS` inside this process, in a directory full of traps: exit code, stdout, stderr."""
+    shutil.copytree(traps, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(typer.main, "get_command", parser)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OCTO_DATA", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
