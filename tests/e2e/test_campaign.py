@@ -33,9 +33,9 @@ def finish(out: Path, *overrides: str, seconds: float = 600) -> None:
     assert code == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
 
 
-def kill_when(out: Path, condition: Callable[[], bool], seconds: float = 300) -> None:
+def kill_when(out: Path, condition: Callable[[], bool], *overrides: str, seconds: float = 300) -> None:
     """Start the campaign and SIGKILL its engine, and nothing else, once the condition holds."""
-    process = start(out)
+    process = start(out, *overrides)
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None, (out.parent / f"{out.name}.log").read_text()[-3000:]
@@ -93,7 +93,8 @@ def test_killed_campaign_ends_where_an_undisturbed_one_ends(tmp_path: Path) -> N
 def check_start_from_hugging_face(tmp_path: Path, model: Path) -> None:
     """A campaign may start from any Llama in Hugging Face form, here one that another campaign made."""
     out = tmp_path / "from_hf"
-    finish(out, "rl=null", f"start={{hf: '{model}'}}", f"data.tokenizer={{path: '{model}', train: null}}")
+    overrides = ("rl=null", f"start={{hf: '{model}'}}", f"data.tokenizer={{path: '{model}', train: null}}")
+    kill_when(out, lambda: len(metrics(out / "stable")) > 0, *overrides)  # the rest is as in the others
     fresh, continued = metrics(tmp_path / "calm" / "stable"), metrics(out / "stable")
     assert continued[0]["loss"] < fresh[0]["loss"] - 0.5
 
