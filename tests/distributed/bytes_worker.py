@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import megatron_octo.train.loop  # noqa: F401  # first: it imports megatron-core the quick way
 from megatron_octo.runtime import groups
 from megatron_octo.train.api import load_run
 from megatron_octo.train.setup import set_up

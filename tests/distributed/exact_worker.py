@@ -22,7 +22,6 @@ from unittest import mock
 import numpy
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import random as megatron_random
 
 import megatron_octo.train.loop as loop
 from megatron_octo.checkpoint import hashing, part
@@ -109,6 +108,8 @@ def weights_of(state: Any) -> str:
 
 def random_state() -> str:
     """One hash of every generator: Python's, numpy's, torch's and megatron-core's trackers."""
+    from megatron.core.tensor_parallel import random as megatron_random  # after train.loop, which imports it quickly
+
     tracked = megatron_random.get_cuda_rng_tracker().get_states()
     trackers = {name: value.numpy().tobytes() for name, value in tracked.items()}
     found = (

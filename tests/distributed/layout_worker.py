@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tiny_layouts import case
 from tiny_layouts import overlaps as both
 
+import megatron_octo.train.loop  # noqa: F401  # first: it imports megatron-core the quick way
 from megatron_octo.model.layers import CausalAttention
 from megatron_octo.train import trace
 from megatron_octo.train.forward import run_batches

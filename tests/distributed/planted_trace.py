@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import megatron_octo.train.loop  # noqa: F401  # first: it imports megatron-core the quick way
 from megatron_octo.model import layers, translate
 from megatron_octo.train import setup, trace
 

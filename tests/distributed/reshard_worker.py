@@ -1,7 +1,7 @@
 """One rank of the resharding tests: saves in each layout of this world, and goes on from checkpoints of any.
 
-`python -m reshard_worker save|load FOLDER NPROC`: FOLDER/<layout>/ are run directories; what a layout computed after
-loading another's checkpoint goes to FOLDER/<from> to <into>.json.
+`python -m reshard_worker PHASES FOLDER NPROC`, where PHASES is "save", "load" or "save load": FOLDER/<layout>/ are run
+directories; what a layout computed after loading another's checkpoint goes to FOLDER/<from> to <into>.json.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tiny_layouts import PAIRS, RESHARDED, reshard_case
 
+import megatron_octo.train.loop  # noqa: F401  # first: it imports megatron-core the quick way
 from megatron_octo.checkpoint.save import load_checkpoint
 from megatron_octo.checkpoint.store import latest_checkpoint
 from megatron_octo.train.facts import StepFacts
@@ -49,9 +50,9 @@ def write(path: Path, facts: list[StepFacts]) -> None:
         path.write_text(json.dumps([{"loss": fact.loss, "norm": fact.grad_norm} for fact in facts]))
 
 
-def main(phase: str, folder: Path, nproc: int) -> None:
+def main(phases: list[str], folder: Path, nproc: int) -> None:
     here = {name: reshard_case(name, folder) for name, values in RESHARDED.items() if values["nproc"] == nproc}
-    if phase == "save":
+    if "save" in phases:
         for name, case in here.items():
             write(folder / f"{name}.json", save(case))
         if nproc == 1:
@@ -61,7 +62,7 @@ def main(phase: str, folder: Path, nproc: int) -> None:
             write(folder / "whole bf16.json", save(bf16, BEFORE + AFTER))
             given = latest_checkpoint(folder / "single")
             write(folder / "no moments.json", go_on(here["single"], given, moments=False))
-    else:
+    if "load" in phases:
         for source, name in PAIRS:
             if name in here:
                 write(folder / f"{source} to {name}.json", go_on(here[name], latest_checkpoint(folder / source)))
@@ -69,5 +70,5 @@ def main(phase: str, folder: Path, nproc: int) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1].split(), Path(sys.argv[2]), int(sys.argv[3]))
     dist.destroy_process_group()

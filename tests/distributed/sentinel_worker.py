@@ -25,7 +25,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import param_and_grad_buffer
 from tiny_run import FOUR_WAY, STEP_TOKENS
 
 import megatron_octo.train.loop as loop
@@ -113,6 +112,8 @@ class Trainer:
                 return []
             config = SentinelConfig(**{**NORMAL, **sentinel})
             return [Sentinel(engine, Precision(state.models, rounding.off), config)]
+
+        from megatron.core.distributed import param_and_grad_buffer  # after train.loop, which imports it quickly
 
         plain, sent = param_and_grad_buffer.dist_reduce_scatter_func, []
 

@@ -28,8 +28,8 @@ BEFORE = 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reshard")
-    for phase, nproc in (("save", 1), ("save", 2), ("save", 4), ("load", 4), ("load", 2), ("load", 1)):
-        arguments = [phase, str(folder), str(nproc)]
+    for phases, nproc in (("save", 1), ("save", 2), ("save load", 4), ("load", 2), ("load", 1)):
+        arguments = [phases, str(folder), str(nproc)]
         launch("reshard_worker", arguments, nproc, folder / "logs", 1, environment={"PYTHONPATH": str(HERE)})
     return folder
 

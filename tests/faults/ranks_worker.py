@@ -22,9 +22,10 @@ from unittest import mock
 import torch
 from tiny_run import STEPS
 
+import megatron_octo.train.loop as loop
 import megatron_octo.train.step as step_module
 from megatron_octo.checkpoint import store
-from megatron_octo.train import forward, loop
+from megatron_octo.train import forward
 from megatron_octo.train.__main__ import main
 from megatron_octo.train.data import Batches
 
