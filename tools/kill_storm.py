@@ -18,7 +18,6 @@ The last line is one JSON object; the exit code is 1 if any of the three is not 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import mmap
 import os
@@ -148,10 +147,14 @@ class Trainers:
         self._run, self._log = run, log
 
     def train(self, scenario: Scenario, out: Path, aim: Aim | None = None, extra: tuple[str, ...] = ()) -> Ended:
+        from megatron_octo.runtime.launch import listen
+
         board, began = Board(), time.perf_counter()
         arguments = [str(self._run), f"out={out}", *scenario.overrides, *extra]
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(scenario.ranks)}
-        pids = [self._fork(rank, arguments, address, board, out, aim) for rank in range(scenario.ranks)]
+        with listen() as listener:
+            pids = [
+                self._fork(rank, scenario.ranks, listener, arguments, board, out, aim) for rank in range(scenario.ranks)
+            ]
         codes, first = self._wait(pids, aim, began, board)
         rank = self._victim(pids, codes, aim)
         ended = "done" if rank is None else "killed" if codes[pids[rank]] == -signal.SIGKILL else "refused"
@@ -160,7 +163,10 @@ class Trainers:
         phase, background, touches = board.read(rank or 0)
         return Ended(ended, phase, background, first - began, time.perf_counter() - first, touches)
 
-    def _fork(self, rank: int, arguments: list[str], address: dict, board: Board, out: Path, aim: Aim | None) -> int:
+    def _fork(
+        self, rank: int, ranks: int, listener: socket.socket, arguments: list[str], board: Board, out: Path,
+        aim: Aim | None,
+    ) -> int:  # fmt: skip
         pid = os.fork()
         if pid:
             return pid
@@ -169,8 +175,8 @@ class Trainers:
             os.setsid()
             log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1), os.dup2(log, 2)
-            if int(address["WORLD_SIZE"]) > 1:
-                os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+            if ranks > 1:
+                os.environ.update(_address(rank, ranks, listener))
             tell_phases(board, rank)
             count_touches(board, rank, str(out), aim.touch if aim and aim.rank in (rank, None) else None)
             from megatron_octo.train.__main__ import main
@@ -434,17 +440,19 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def _address(rank: int, ranks: int, listener: socket.socket) -> dict[str, str]:
+    """Where the ranks meet, as the launcher tells them; rank 0 takes the listening socket over, others leave it."""
+    from megatron_octo.runtime.launch import LISTENER
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    if rank == 0:
+        place[LISTENER] = str(listener.detach())
+    listener.close()
+    return {**place, "WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
 def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def _free_port() -> int:
-    """A port below those that the system gives to anybody who asks, so that nobody takes it before the ranks do."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def main() -> int:

@@ -109,7 +109,7 @@ def launch(
     ranks: list[_Rank] = []
     with _stop_signals() as stopped:
         try:
-            with _listen(port) as listener:
+            with listen(port) as listener:
                 shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
                 shared |= environment or {}
                 for number in range(nproc):
@@ -270,8 +270,15 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _listen(wanted: int | None) -> socket.socket:
-    """A socket that listens from now on, for rank 0 to take over: a port only looked up may be another's by then."""
+def listen(wanted: int | None = None) -> socket.socket:
+    """A socket that listens from now on, for rank 0 to take over: a port only looked up may be another's by then.
+
+    Args:
+        wanted: its port; a free one if not given.
+
+    Raises:
+        EnvironmentProblem: the port cannot be used.
+    """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
