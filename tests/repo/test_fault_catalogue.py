@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,14 +14,23 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from catalogue import COMPLETE, FAULTS, SIZES  # noqa: E402
 
 
+class Collected:
+    """A plugin that keeps the names of what pytest collects."""
+
+    def __init__(self) -> None:
+        self.cases: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.cases = {item.nodeid for item in session.items}
+
+
 @pytest.fixture(scope="module")
 def collected() -> set[str]:
-    files = sorted({fault.test.partition("::")[0] for fault in FAULTS})
-    command = [sys.executable, "-m", "pytest", "--collect-only", *files]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stdout[-2000:]
-    cases = {line for line in found.stdout.splitlines() if "::" in line}
-    return cases | {case.partition("[")[0] for case in cases}
+    """Cases, and tests without their parameters; collected in this process, which has imported most of it."""
+    files, found = sorted({fault.test.partition("::")[0] for fault in FAULTS}), Collected()
+    plain = ["--collect-only", "--rootdir", str(ROOT), "-p", "no:xdist", "-p", "no:faulthandler"]
+    assert pytest.main([*plain, *(str(ROOT / file) for file in files)], plugins=[found]) == 0
+    return found.cases | {case.partition("[")[0] for case in found.cases}
 
 
 def test_ids_are_those_of_the_groups() -> None:
