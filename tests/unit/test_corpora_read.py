@@ -16,6 +16,7 @@ import zstandard
 from corpora_tools import config_of, read, shards_of, write_rows
 
 from megatron_octo.data.corpora import shard as shard_module
+from megatron_octo.data.corpora.files import unread_files
 from megatron_octo.data.corpora.read import ShardReader
 from megatron_octo.data.corpora.shard import list_shards, refuse_shared_files
 from megatron_octo.errors import DataError
@@ -209,12 +210,62 @@ def test_a_large_file_is_cut_into_parts_that_give_the_same(
 def test_a_folder_a_glob_and_a_file(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.parquet", "3.jsonl.zst"):
         write_rows(tmp_path / "data" / name, [{"text": name}])
-    for name in ("README.md", "dataset_info.json", ".hidden.jsonl"):
+    for name in ("README.md", "dataset_info.json", "other_info.json.gz", ".hidden.jsonl"):
         (tmp_path / "data" / name).write_text("not of the corpus")
     found = {name: f"c/{name}:1" for name in ("3.jsonl.zst", "a/1.parquet", "b/2.jsonl")}
     for path in (tmp_path / "data", f"{tmp_path}/data/**/[1-3].[jp]*", f"{tmp_path}/data/**/[1-3]*[lt]*"):
         assert read(path)[0] == [(name, text) for text, name in found.items()]
     assert read(f"{tmp_path}/data/b/2*")[0] == [("c/2.jsonl:1", "b/2.jsonl")]
+
+
+MIRRORS = {
+    "ultrachat-200k": ("data/train_sft-0.parquet", "data/test_sft-0.parquet", "data/test_gen-0.parquet"),
+    "openmathinstruct-2": ("data/train-0.parquet", "data/train_1M-0.parquet"),
+    "finemath-4plus": ("finemath-4plus/train-0.parquet", "finemath-3plus/train-0.parquet"),
+    "am-deepseek-distilled-40m": ("deepseek/math_1.jsonl", "deepseek/code_1.jsonl"),
+}
+
+
+@pytest.mark.parametrize("afar", [False, True], ids=["here", "afar"])
+@pytest.mark.parametrize("name", MIRRORS)
+def test_of_a_copy_of_its_repository_an_adapter_reads_its_own_files(
+    tmp_path: Path, name: str, afar: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other splits and subsets lie beside them; a glob is taken as written, and so is a folder of other names."""
+    import fsspec
+
+    own, *others = MIRRORS[name]
+    root = f"memory://{name}-copy" if afar else str(tmp_path)
+    for file in (own, *others):
+        with fsspec.open(f"{root}/{file}", "wb", **({} if afar else {"auto_mkdir": True})) as target:
+            target.write(b"x")
+
+    def names(path: str) -> set[str]:
+        return {shard.path.rpartition("/")[2] for shard in shards_of(path, adapter=name)}
+
+    config = config_of({"c": {"path": root, "adapter": name}})
+    (shard,) = list_shards(config, "c")
+    assert shard.path.endswith(f"/{own}")
+    assert unread_files(config) == {"c": {"files": len(others), "first": sorted(others)}}
+    said = capsys.readouterr().err
+    assert f"corpora.c: {len(others)} files not read, for adapter {name} reads" in said and others[0] in said
+    every = {file.rpartition("/")[2] for file in (own, *others)}
+    suffix = own.rpartition(".")[2]
+    assert names(f"{root}/**/*.{suffix}") == every
+    assert unread_files(config_of({"c": {"path": f"{root}/**/*.{suffix}", "adapter": name}})) == {}
+    folder = others[0].rpartition("/")[0]
+    same = folder == own.rpartition("/")[0]
+    assert names(f"{root}/{folder}") == {own.rpartition("/")[2] if same else others[0].rpartition("/")[2]}
+
+
+def test_a_folder_that_is_no_copy_is_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x/1.parquet", "2.parquet"):
+        write_rows(tmp_path / name, [{"text": name}])
+    (tmp_path / "info.json.gz").write_bytes(gzip.compress(b"{}"))
+    config = config_of({"c": {"path": str(tmp_path), "adapter": "finemath-4plus"}})
+    assert [shard.name for shard in list_shards(config, "c")] == ["2.parquet", "x/1.parquet"]
+    assert unread_files(config) == {"c": {"files": 1, "first": ["info.json.gz"]}}
+    assert "1 files not read, for a corpus is files of jsonl" in capsys.readouterr().err
 
 
 def test_relative_paths_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +281,7 @@ def test_relative_paths_and_variables(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("gone.jsonl", "gone.jsonl does not exist; get it from there; fix: put it at "),
         ("empty", "empty holds no file of jsonl, jsonl.gz, jsonl.zst or parquet; get it from there; fix: "),
+        ("described", r"described holds no file of .* \(a .json is read where a glob or its own path names it\)"),
         ("*.nothing", r"\*.nothing holds no file of"),
         ("notes.txt", "notes.txt is no file of jsonl, jsonl.gz, jsonl.zst or parquet"),
         ("*.txt", "notes.txt is no file of"),
@@ -243,6 +295,7 @@ def test_relative_paths_and_variables(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
+    write_rows(tmp_path / "described" / "c.json.gz", [{"text": "x"}])
     write_rows(tmp_path / "twice" / "1.jsonl", [{"text": "x"}])
     (tmp_path / "twice" / "2.jsonl").symlink_to("1.jsonl")
     monkeypatch.chdir(tmp_path)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.config.data import Corpus, InputFile, Inputs, expand, expand_path, variables_of
-from megatron_octo.data.corpora.registry import Adapter
+from megatron_octo.data.corpora.registry import Adapter, adapter_of
 from megatron_octo.errors import DataError
 
 _READABLE = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$|\.parquet$")
+_DESCRIBES = re.compile(r"\.json(\.gz|\.zst|\.zstd)?$")
 _KINDS = "jsonl, jsonl.gz, jsonl.zst or parquet"
 _NAMED = 20
 
@@ -59,12 +60,15 @@ def corpus_files(config: Inputs, name: str, adapter: Adapter, revisions: dict[st
     path = expand(corpus.path, f"{where}.path")
     if "://" in path and not path.startswith("file://"):
         rule, fix = "fsspec reads it", f"reach it from this machine, or set {where}.path to a copy"
-        return _remote_files(where, path, rule, fix, revisions)
-    return _local_files(where, corpus, os.path.expanduser(path.removeprefix("file://")))
+        return _remote_files(where, path, adapter, (rule, fix), revisions)
+    return _local_files(where, corpus, adapter, os.path.expanduser(path.removeprefix("file://")))
 
 
 def unread_files(config: Inputs) -> dict[str, dict[str, Any]]:
-    """Files in the folders of corpora that no corpus reads, for their names are of no form it knows; told on stderr.
+    """Files in the folders of corpora that no corpus reads; told on stderr.
+
+    Their names are of no form it knows, or not of the files that the adapter's corpus is published in, while others
+    there are: other splits and subsets of its repository.
 
     Args:
         config: the build.
@@ -73,17 +77,24 @@ def unread_files(config: Inputs) -> dict[str, dict[str, Any]]:
         For each corpus that has such files how many, and the names of the first 20; files that are hidden do not count.
     """
     found = {}
-    for name, corpus in config.corpora.items():
-        names = _unread(corpus, f"corpora.{name}")
-        if names:
+    for name in config.corpora:
+        adapter = adapter_of(config, name)
+        others, foreign = _unread(config.corpora[name], f"corpora.{name}", adapter)
+        _tell_unread(name, foreign, f"a corpus is files of {_KINDS}")
+        _tell_unread(name, others, f"adapter {adapter.name} reads {adapter.files}; a glob reads what it names")
+        if names := sorted(foreign + others):
             found[name] = {"files": len(names), "first": names[:_NAMED]}
-            shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-            said = f"not read, for a corpus is files of {_KINDS}"
-            print(f"octo: corpora.{name}: {len(names)} files {said}: {shown}", file=sys.stderr, flush=True)
     return found
 
 
-def _unread(corpus: Corpus, where: str) -> list[str]:
+def _tell_unread(corpus: str, names: list[str], why: str) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        said = f"octo: corpora.{corpus}: {len(names)} files not read, for {why}: {shown}"
+        print(said, file=sys.stderr, flush=True)
+
+
+def _unread(corpus: Corpus, where: str, adapter: Adapter) -> tuple[list[str], list[str]]:
     path = expand(corpus.path, f"{where}.path") if corpus.path else ""
     if "://" in path and not path.startswith("file://"):
         import fsspec
@@ -93,40 +104,65 @@ def _unread(corpus: Corpus, where: str) -> list[str]:
     else:
         root = os.path.expanduser(path.removeprefix("file://"))
         paths = [one for one in _all_in(root) if os.path.isfile(one)] if os.path.isdir(root) else []
-    return sorted(Path(os.path.relpath(one, root)).as_posix() for one in paths if not _is_corpus(one))
+    left = sorted({*paths} - {*_read_of(root, paths, adapter)})
+    others = [_below(root, one) for one in left if _is_corpus(one)]
+    return others, [_below(root, one) for one in left if not _is_corpus(one)]
+
+
+def _read_of(root: str, paths: list[str], adapter: Adapter) -> list[str]:
+    """What is read of the files below a folder: of a copy of the adapter's repository what its corpus is, else all."""
+    known = [one for one in paths if _is_corpus(one)]
+    last = adapter.files.rpartition("/")[2]
+    # a folder of the copy has its file names alone, and those tell nothing where they are but a form
+    for pattern in (adapter.files, *([f"**/{last}"] if last[:1] not in ("", "*") else [])):
+        matches = re.compile(re.escape(pattern).replace(r"\*\*/", "(?:.+/)?").replace(r"\*", "[^/]*")).fullmatch
+        own = [one for one in known if matches(_below(root, one))]
+        if own:
+            return own
+    return known
+
+
+def _below(root: str, path: str) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def _all_in(folder: str) -> list[str]:
     return glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
 
 
-def _local_files(where: str, corpus: Corpus, path: str) -> list[tuple[str, str]]:
+def _local_files(where: str, corpus: Corpus, adapter: Adapter, path: str) -> list[tuple[str, str]]:
     assert corpus.path is not None
     if os.path.isfile(path):
         _refuse_unreadable(where, [path])
         return [(os.path.basename(path), path)]
     if os.path.isdir(path):
-        root, paths = path, [one for one in _all_in(path) if _is_corpus(one)]
+        root, paths = path, _read_of(path, [one for one in _all_in(path) if os.path.isfile(one)], adapter)
     elif glob.has_magic(path):
         root, paths = os.path.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0]), glob.glob(path, recursive=True)
     else:
         raise DataError(f"{where}: {path} does not exist", corpus.hint, _fix(corpus.path, path))
     paths = sorted(one for one in paths if os.path.isfile(one))
     if not paths:
-        raise DataError(f"{where}: {path} holds no file of {_KINDS}", corpus.hint, _fix(corpus.path, path))
+        what = f"{where}: {path} holds no file of {_KINDS}"
+        if os.path.isdir(path) and any(_DESCRIBES.search(one) for one in _all_in(path)):
+            what += " (a .json is read where a glob or its own path names it)"
+        raise DataError(what, corpus.hint, _fix(corpus.path, path))
     _refuse_unreadable(where, paths)
     _refuse_twice(where, paths)
-    return [(Path(os.path.relpath(one, root or ".")).as_posix(), one) for one in paths]
+    return [(_below(root or ".", one), one) for one in paths]
 
 
-def _remote_files(where: str, url: str, rule: str, fix: str, revisions: dict[str, str]) -> list[tuple[str, str]]:
+def _remote_files(
+    where: str, url: str, adapter: Adapter, way_out: tuple[str, str], revisions: dict[str, str]
+) -> list[tuple[str, str]]:
     import fsspec
 
+    rule, fix = way_out
     try:
         system, path = fsspec.core.url_to_fs(url)
         if url.startswith("hf://"):
             path = _pinned(system, path, revisions)
-        found = _expanded(system, path)
+        found = _expanded(system, path, adapter)
     except Exception as error:  # each file system raises errors of its own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(f"{where}: {url} cannot be listed ({reason})", rule, fix) from None
@@ -150,12 +186,12 @@ def _pinned(hub: Any, path: str, revisions: dict[str, str]) -> str:
     return f"{found.root.partition('@')[0]}@{revisions[found.root]}/{found.path}"
 
 
-def _expanded(system: Any, path: str) -> list[str]:
+def _expanded(system: Any, path: str, adapter: Adapter) -> list[str]:
     if glob.has_magic(path):
         return sorted(one for one in system.glob(path) if system.isfile(one))
     if system.isfile(path):
         return [path]
-    return sorted(one for one in system.find(path) if _is_corpus(one))
+    return sorted(_read_of(path, system.find(path), adapter))
 
 
 def _hub_files(where: str, adapter: Adapter, revisions: dict[str, str]) -> list[tuple[str, str]]:
@@ -165,12 +201,12 @@ def _hub_files(where: str, adapter: Adapter, revisions: dict[str, str]) -> list[
     if adapter.gated:
         rule += f", which gives it {adapter.gated}: HF_TOKEN tells who you are"
     fix = f"set {where}.path to a copy: hf download --repo-type dataset {adapter.hub} --include {adapter.files!r}"
-    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}", rule, fix, revisions)
+    return _remote_files(where, f"hf://datasets/{adapter.hub}/{adapter.files}", adapter, (rule, fix), revisions)
 
 
 def _is_corpus(path: str) -> bool:
-    """Whether a file found in a folder is of the corpus; a plain `.json` there describes it, by custom."""
-    return _READABLE.search(path) is not None and not path.endswith(".json")
+    """Whether a file found in a folder is of a corpus; a `.json` there, compressed or not, describes it, by custom."""
+    return _READABLE.search(path) is not None and _DESCRIBES.search(path) is None
 
 
 def _refuse_unreadable(where: str, paths: list[str]) -> None:
