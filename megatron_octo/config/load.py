@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_octo.config.explain import explain
 from megatron_octo.config.recipes import packaged
 from megatron_octo.errors import ConfigError
 from megatron_octo.files import write_text
-from megatron_octo.units import parse_tokens
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -32,7 +30,7 @@ def load_config(kind: type[Config], path: Path, overrides: list[str] | None = No
         The frozen configuration.
 
     Raises:
-        ConfigError: missing file, bad YAML, unknown key (nearest name shown), wrong type or rule.
+        ConfigError: missing file, bad YAML, unknown key (nearest name or all names shown), wrong type or rule.
     """
     values = apply_overrides(read_yaml(path), overrides or [])
     return parse_config(kind, values, str(path))
@@ -43,7 +41,7 @@ def parse_config(kind: type[Config], values: dict[str, Any], where: str) -> Conf
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _explain(kind, error, values, where) from None
+        raise explain(kind, error, values, where) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -155,67 +153,3 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
         return found
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
-
-
-def _explain(kind: type[BaseModel], error: ValidationError, values: Any, where: str) -> ConfigError:
-    """Every mistake of a file in one error, unknown keys first: one of them is often why another is missing."""
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    each = {_place(problem["loc"], values): problem for problem in reversed(problems)}  # of alternatives, the first
-    guessed = {_guess(kind, problem["loc"]) for problem in problems if problem["type"] == "extra_forbidden"}
-    told = [one for one in reversed(each.values()) if one["type"] != "missing" or one["loc"] not in guessed]
-    found = [_explain_one(kind, problem) for problem in told]
-    if len(found) == 1:
-        return ConfigError(f"{where}: {found[0].what}", found[0].rule, found[0].fix)
-    return ConfigError(f"{where}: {len(found)} mistakes:" + "".join(f"\n  - {one}" for one in found))
-
-
-def _place(location: tuple[Any, ...], values: Any) -> tuple[Any, ...]:
-    """The part of a location that the file has, and one key more; the rest names alternatives of a type."""
-    for depth, part in enumerate(location):
-        try:
-            values = values[part]
-        except (KeyError, IndexError, TypeError):
-            return location[:depth] if not isinstance(values, dict) else location[: depth + 1]
-    return location
-
-
-def _explain_one(kind: type[BaseModel], problem: Any) -> ConfigError:
-    field = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        guess = _guess(kind, problem["loc"])
-        fix = f"did you mean '{guess[-1]}'?" if guess else "remove it"
-        return ConfigError(f"unknown key '{field}'", fix=fix)
-    if problem["type"] == "missing":
-        return ConfigError(f"key '{field}' is missing", fix="add it")
-    message = problem["msg"].removeprefix("Value error, ")
-    if not field:
-        return ConfigError(message, fix="change one of them")
-    value = "" if isinstance(problem["input"], (dict, list)) else f" = {problem['input']!r}"
-    fix = f"change '{field}'" if problem["type"] == "value_error" else f"give '{field}' such a value"
-    if problem["type"].startswith("int_"):
-        message = "it must be an integer"
-        with suppress(ValueError):
-            fix = f"only counts of tokens take a suffix: write {parse_tokens(problem['input'])}"
-    return ConfigError(f"{field}{value}", message, fix)
-
-
-def _guess(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Where a misspelt key was meant to stand."""
-    near = difflib.get_close_matches(str(location[-1]), _keys_at(kind, location[:-1]), n=1, cutoff=0.4)
-    return (*location[:-1], near[0]) if near else None
-
-
-def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at a location inside a configuration class (all nested keys if unclear)."""
-    for part in location:
-        field = getattr(kind, "model_fields", {}).get(part)
-        nested = [] if field is None else _models_in(field.annotation)
-        if nested:
-            kind = nested[0]
-    return list(getattr(kind, "model_fields", {}))
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]

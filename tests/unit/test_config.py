@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megatron_octo import config
 from megatron_octo.config.base import Strict
 from megatron_octo.config.check import check_layout, check_run
-from megatron_octo.config.data import ProblemSet
+from megatron_octo.config.data import DataBuildConfig, ProblemSet
 from megatron_octo.config.layout import ParallelConfig
 from megatron_octo.config.load import apply_overrides, differences, dump_config, load_config, parse_config
 from megatron_octo.config.model import ModelConfig
@@ -89,6 +89,8 @@ def test_bases_that_are_none(tmp_path: Path, base: str, words: list[str]) -> Non
     [
         ("model.layer=3", ["model.layer", "'layers'"]),
         ("mdoel.layers=3", ["mdoel", "'model'"]),
+        ("learning_rate=1", ["unknown key 'learning_rate'", "did you mean 'schedule.learning_rate'?"]),
+        ("schedule=yes", ["schedule = True; a block of keys belongs here: ", "'schedule: {tokens: ...}'"]),
         ("data.mixture.web.wieght=1", ["wieght", "'weight'"]),
         ("data.mixture.web.weight=0", ["data.mixture.web.weight", "greater than 0"]),
         ("data.mixture.web.weight=.nan", ["weight", "finite"]),
@@ -222,6 +224,44 @@ def test_a_choice_of_types_is_one_mistake() -> None:
     with pytest.raises(ConfigError, match="^test: count") as caught:
         parse_config(ProblemSet, {"count": "many"}, "test")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"corpora": {"c": {"tokens": "20X"}}},
+            "corpora.c.tokens = '20X'; '20X' is not a token count; write an integer",
+        ),
+        ({"corpora": {"c": {"tokens": "20X"}}}, "fix: change 'corpora.c.tokens', or write 'all'"),
+        ({"corpora": {"c": {"tokens": -5}}}, "a token count cannot be negative; fix: change 'corpora.c.tokens', or"),
+        ({"deduplicate": True}, "belongs here: exact, partitions, near; fix: write 'deduplicate: {}', which takes the"),
+        ({"deduplicate": {"near": True}}, "hashes_per_bucket, seed; fix: write 'near: {}', which takes the defaults"),
+        ({"deduplicate": False}, "near; fix: leave it out"),
+        ({"tokenizer": "foo"}, "a block of keys belongs here: train, path; fix: write 'tokenizer: {path: foo}'"),
+        (
+            {"tokenizer": True},
+            "tokenizer = True; a block of keys belongs here: train, path; fix: write 'tokenizer: {",
+        ),
+        ({"decontaminate": {"against": {"a": "F"}}}, "against.a = 'F'; a block of keys belongs here: path, like"),
+        ({"decontaminate": {"against": {"a": "F"}}}, "fix: write 'a: {path: F}'"),
+        ({"corpora": ["x"]}, "corpora; a block of names belongs here, each with keys of adapter, path"),
+        ({"world": {"tokens": "1K"}}, "world.tokens = '1K'; a block of names belongs here; fix: write 'tokens:' and"),
+        ({"world": {"tokens": {"wib": 1}}}, "unknown key 'world.tokens.wib'; fix: the keys there are 'web', 'short_c"),
+        ({"foo": 3}, "unknown key 'foo'; fix: remove it; the keys there are seed, world, corpora"),
+        ({"vocabulary_size": 3}, "unknown key 'vocabulary_size'; fix: remove it; the keys there are seed"),
+        ({"tokenizer": {"vocabulary_size": 3}}, "'tokenizer.vocabulary_size'; fix: did you mean 'train.vocabulary_si"),
+        (
+            {"index": {"foo": 3}},
+            "unknown key 'index.foo'; fix: remove it; the keys there are eos, eos_token, bos",
+        ),
+        ({"path": "x"}, "unknown key 'path'; fix: remove it"),  # more than one block has it
+    ],
+)
+def test_a_mistake_in_a_build_file_is_told_in_the_keys_of_the_file(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(DataBuildConfig, {"tokenizer": {"path": "t"}, "corpora": {"c": {}}} | values, "b.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
 
 def test_yaml_mistakes_name_the_file(tmp_path: Path) -> None:
