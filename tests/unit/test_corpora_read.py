@@ -142,7 +142,7 @@ def test_empty_and_mistaken_files(tmp_path: Path, name: str) -> None:
             read(path, "skip")
         return
     path.write_bytes(b"")
-    if name in ("c.parquet", "c.jsonl.gz"):  # not even the frame of an empty file
+    if name != "c.jsonl":  # not even the frame of an empty file
         write_rows(path, [], pyarrow.schema([("text", pyarrow.string())]))
     assert read(path) == read(path, "skip")
     assert read(path)[0] == [] and read(path)[1].read == 0

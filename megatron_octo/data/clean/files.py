@@ -24,7 +24,16 @@ from megatron_octo.data.corpora.rows import numbered_rows
 from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards, numbered
 from megatron_octo.data.engine.build import claim, only_writer, refuse_other
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import inputs_stage, lines_of, look_at, refuse_change, tell_remote, versions
+from megatron_octo.data.engine.inputs import (
+    inputs_stage,
+    lines_of,
+    look_at,
+    refuse_change,
+    tell_copies,
+    tell_empty,
+    tell_remote,
+    versions,
+)
 from megatron_octo.data.engine.publish import (
     RESULT,
     REVISIONS,
@@ -72,7 +81,9 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     paths += [str(input_path(heldout, "problems.heldout.file"))] if heldout else []
     seen = [look_at(path) for path in paths]
     look = {file.path: file for file in seen}
-    tell_remote({f"corpora.{name}": {look[shard.path] for shard in own} for name, own in shards.items()}, 4)
+    own_files = {f"corpora.{name}": [look[path] for path in _paths(own)] for name, own in shards.items()}
+    tell_remote(own_files, 4)
+    tell_empty(own_files)
     with only_writer(out) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
         finished, work, stage = claim(out, config), out / WORK, inputs_stage(seen)
@@ -85,6 +96,9 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
             _verify(out, finished)
             shutil.rmtree(work)
             return finished
+        content = {file.path: found for file, found in zip(stage.tasks, facts, strict=True)}
+        read = {f"corpora.{name}": {path: content[path] for path in _paths(own)} for name, own in shards.items()}
+        tell_copies(read, bool(config.deduplicate))
         lines = lines_of(stage, facts)
         shards = {name: numbered(own, lines) for name, own in shards.items()}
         stages = clean_stages(config, shards, work, versions(seen, hashes))
@@ -96,6 +110,10 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
         publish(out, manifest, sorted({name.partition("/")[0] for name in manifest["files"]}))
         shutil.rmtree(work)
     return manifest
+
+
+def _paths(shards: list[Shard]) -> list[str]:
+    return list(dict.fromkeys(shard.path for shard in shards))
 
 
 def _writing(config: DataBuildConfig, work: Path, stages: list[Stage]) -> Stage:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -17,7 +16,8 @@ from megatron_octo.data.corpora.render import BadRecord
 from megatron_octo.errors import DataError, OctoError
 
 _CHUNK = 1 << 20
-_COMPRESSED = 1 << 14  # bytes of Zstandard that are expanded in one go, to whatever they hold
+_COMPRESSED = 1 << 14  # compressed bytes that are expanded in one go, to whatever they hold
+_GZIP = 16 + zlib.MAX_WBITS  # zlib's word for gzip: with header and checksum
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -72,9 +72,9 @@ def numbered_lines(path: str, part: tuple[int, int] | None = None, first: int = 
 
 def _lines(raw: IO[bytes], path: str, part: tuple[int, int] | None) -> Iterable[bytes]:
     if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)
+        return io.BufferedReader(_Expanded(raw, lambda: zlib.decompressobj(_GZIP), padding=b"\0"), _CHUNK)
     if path.endswith((".zst", ".zstd")):
-        return io.BufferedReader(_Zstandard(raw), _CHUNK)
+        return io.BufferedReader(_Expanded(raw, lambda: zstandard.ZstdDecompressor().decompressobj()), _CHUNK)
     return raw if part is None else _lines_within(raw, part)
 
 
@@ -88,29 +88,44 @@ def _lines_within(raw: IO[bytes], part: tuple[int, int]) -> Iterator[bytes]:
         yield line
 
 
-class _Zstandard(io.RawIOBase):
-    """Frames of Zstandard, one after another; unlike the library's own reader it notices that the last one is cut."""
+class _Expanded(io.RawIOBase):
+    """Frames of Zstandard or members of gzip, one after another.
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._frame, self._left = raw, None, memoryview(b"")
+    Unlike the libraries' own readers it notices that the last frame is cut or that there is none, and gives all that
+    comes before.
+    """
+
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any], padding: bytes = b"") -> None:
+        self._raw, self._new_frame, self._padding = raw, new_frame, padding
+        self._frame: Any = None
+        self._rest, self._left, self._ended = b"", memoryview(b""), False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            if rest or self._frame is None or self._frame.eof:
-                compressed = rest or self._raw.read(_COMPRESSED)
-                if not compressed:
-                    return 0
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            elif not (compressed := self._raw.read(_COMPRESSED)):
-                raise EOFError("its last frame is cut short")
+        while not self._left and (compressed := self._next()):
+            if self._frame is None:
+                self._frame = self._new_frame()
             self._left = memoryview(self._frame.decompress(compressed))
+            if self._frame.eof:
+                self._rest, self._frame, self._ended = self._frame.unused_data, None, True
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count
+
+    def _next(self) -> bytes:
+        """Compressed bytes to go on with; none at a proper end."""
+        found, self._rest = self._rest, b""
+        while True:
+            if not (found := found or self._raw.read(_COMPRESSED)):
+                if self._frame is not None or not self._ended:
+                    raise EOFError("it has 0 bytes" if self._frame is None else "its last frame is cut short")
+                return b""
+            if self._frame is None and self._ended:
+                found = found.lstrip(self._padding)
+            if found:
+                return found
 
 
 def parse_line(line: bytes, keys: tuple[tuple[str, bytes], ...] = ()) -> dict[str, Any]:

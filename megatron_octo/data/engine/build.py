@@ -27,6 +27,7 @@ from megatron_octo.data.corpora.problems import (
     without_heldout,
 )
 from megatron_octo.data.engine.executors import executor_of
+from megatron_octo.data.engine.inputs import tell_copies
 from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
 from megatron_octo.data.engine.plan import BEYOND, JOIN, TOKENIZER, Plan
 from megatron_octo.data.engine.publish import (
@@ -70,7 +71,7 @@ def build_data(
     executor_of(executor, workers)  # what is wrong or missing is told before anything is written
     build_world(config)
     plan, not_read = Plan(config, out), unread_files(config)
-    plan.tell_remote()
+    plan.tell_inputs()
     with only_writer(out) as lock, executor_of(executor, workers, lock) as team:
         finish_publishing(out)
         finished = claim(out, config)
@@ -86,6 +87,7 @@ def build_data(
             intact = intact_sources(out, finished)
             if not intact:
                 print(f"octo: note: all of {out} is made again: {_NONE_INTACT}", file=sys.stderr)
+        tell_copies({f"corpora.{name}": inputs[f"corpora.{name}"] for name in config.corpora}, bool(config.deduplicate))
         sets = _build_problems(config, out / WORK / RESULT)
         facts = run_stages(plan.stages(hashes, intact), out / WORK, team)
         if intact and facts[TOKENIZER][0]["sha256"] != finished["tokenizer"]["sha256"]:

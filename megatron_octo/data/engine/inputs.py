@@ -16,6 +16,7 @@ from megatron_octo.errors import DataError
 
 _CHUNK = 1 << 20
 _SAID = 300  # characters of a foreign error
+_SHOWN = 3
 _AFAR = "start the same command again when the server answers, or name a copy on this machine"
 _AGAIN = "start the same command again when it is complete; what does not depend on it is kept"
 _STATE = ("mtime", "ETag", "LastModified", "etag", "last_modified", "created")
@@ -105,6 +106,38 @@ def tell_remote(files: Mapping[str, Iterable[InputFile]], times: int) -> None:
                 "read, a change is noticed only if it changes their size",
                 file=sys.stderr,
             )
+
+
+def tell_empty(files: Mapping[str, Iterable[InputFile]]) -> None:
+    """Say on stderr which files have 0 bytes: of a file of lines that may be meant, others are refused when read.
+
+    Args:
+        files: of each corpus, by the field that names it.
+    """
+    for where, own in files.items():
+        if empty := [file.path for file in own if not file.bytes]:
+            print(f"octo: note: {where}: {len(empty)} files are empty: {_shown(empty)}", file=sys.stderr)
+
+
+def tell_copies(inputs: Mapping[str, Mapping[str, Mapping[str, Any]]], left_out: bool) -> None:
+    """Say on stderr which files of a corpus have the same content.
+
+    Args:
+        inputs: size and hash of the files of each corpus, by the field that names it and by their names there.
+        left_out: whether the work leaves out duplicates.
+    """
+    end = "the copies are left out as duplicates" if left_out else "read as often; deduplicate: {} leaves copies out"
+    for where, own in inputs.items():
+        same: dict[str, list[str]] = {}
+        for name, facts in own.items():
+            same.setdefault(facts["sha256"], []).append(name)
+        copies = [" = ".join(names) for names in same.values() if len(names) > 1 and own[names[0]]["bytes"]]
+        if copies:
+            print(f"octo: note: {where}: files of equal content, {end}: {_shown(copies)}", file=sys.stderr)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
 
 
 def inputs_stage(files: Iterable[InputFile]) -> Stage:

@@ -47,7 +47,7 @@ def render_build(config: DataBuildConfig, out: Path, workers: int | None) -> tup
     out = out.absolute()
     build_world(config)
     plan = Plan(config, out)
-    plan.tell_remote()
+    plan.tell_inputs()
     with only_writer(out):
         _refuse_queued(out)
         finished = claim(out, config)

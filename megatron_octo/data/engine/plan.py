@@ -22,6 +22,7 @@ from megatron_octo.data.engine.inputs import (
     lines_of,
     look_at,
     refuse_change,
+    tell_empty,
     tell_remote,
     versions,
 )
@@ -81,12 +82,14 @@ class Plan:
         paths = {where: file.path for where in config.problem_files for file in self.files[where].values()}
         self.build = Build(located(config, paths), out)
 
-    def tell_remote(self) -> None:
-        """Say what becomes of inputs that are not on this machine."""
+    def tell_inputs(self) -> None:
+        """Say what becomes of inputs that are not on this machine, and which are empty."""
         config = self.build.config
         times = 2 + (config.tokenizer.train is not None)
         times += 1 + (config.deduplicate is not None) if config.deduplicate or config.decontaminate else 0
-        tell_remote({where: files.values() for where, files in self.files.items()}, times)
+        files = {where: own.values() for where, own in self.files.items()}
+        tell_remote(files, times)
+        tell_empty(files)
 
     def save(self, path: Path) -> None:
         """Write what the inputs look like, for processes that shall not all look for themselves."""
