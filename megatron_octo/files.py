@@ -11,7 +11,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -61,8 +61,13 @@ def hash_weights(path: Location) -> str:
 
 def hash_directory(directory: Path) -> str:
     """SHA-256 over the names and contents of a directory's files, hexadecimal."""
+    return hash_files(directory.iterdir())
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """The same over files of one directory that are chosen; their order does not matter."""
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
+    for path in sorted(paths):
         digest.update(f"{path.name}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ from megatron_octo.config.run import RunConfig
 from megatron_octo.model.facts import FLOPS_CONVENTION, flops_per_token
 from megatron_octo.model.memory import ACTIVATIONS, ELEMENT, activation_bytes, logit_bytes, micro_batches, stored
 from megatron_octo.train.needs import Need, is_there, needs, remarks
-from megatron_octo.train.start import Start, check_place, check_tokenizer_directory, origin, plan_start
+from megatron_octo.train.start import Start, check_made_with, check_place, check_tokenizer_directory, origin, plan_start
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +182,7 @@ def _checkpoints(run: RunConfig, parameters: int) -> dict[str, Any]:
 def _start(run: RunConfig) -> tuple[Start | None, str, list[str]]:
     """Where the run would begin, if what it begins from is there; the same in words; and what is not there."""
     check_place(run.out)
+    check_made_with(run)
     if has_checkpoint(run.out):
         begin = plan_start(run)
         return begin, f"goes on after step {begin.step}, from {begin.checkpoint}", []

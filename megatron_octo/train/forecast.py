@@ -12,6 +12,7 @@ from megatron_octo.config.mixture import DataConfig
 from megatron_octo.config.recipes import find_recipe
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.mix.forecast import adapters_of, forecast
+from megatron_octo.data.mix.made_with import check_one_tokenizer
 from megatron_octo.data.mix.replace import decide, is_there
 from megatron_octo.errors import CheckpointError, ConfigError
 from megatron_octo.train.api import load_run
@@ -33,7 +34,7 @@ def forecast_file(path: Path, tokens: int | None = None, overrides: list[str] | 
 
     Raises:
         ConfigError: the file is wrong, or a mixture without a number of tokens.
-        DataError: a pair that is there is damaged.
+        DataError: a pair that is there is damaged, or was built with another tokenizer.
     """
     file = find_recipe(path, "mixtures")
     values = apply_overrides(read_yaml(file), overrides or [])
@@ -41,13 +42,16 @@ def forecast_file(path: Path, tokens: int | None = None, overrides: list[str] | 
     first, blends = 0, None
     if values.keys() <= {"data"}:
         data = _mixture(values, path, notes)
+        tokenizer = data.tokenizer if "tokenizer" in values["data"] else None
         if tokens is None:
             raise ConfigError(f"{path} is a mixture and no run", "it has no number of tokens", "add --tokens, e.g. 20B")
         windows = -(-tokens // data.sequence_length)
     else:
         run = load_run(file, overrides)
         data, first, blends = _of_run(run, notes)
+        tokenizer = data.tokenizer
         windows = run.steps * run.batch.global_batch if tokens is None else -(-tokens // data.sequence_length)
+    check_one_tokenizer(tokenizer, {f"data.mixture.{name}": source for name, source in data.paths.items()})
     here = [name for name, source in data.paths.items() if is_there(source)]
     if here and blends is None:
         data = decide(data)

@@ -25,6 +25,7 @@ from megatron_octo.config.load import differences, dump_config, load_config, par
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.mix.held_out import open_held_out
+from megatron_octo.data.mix.made_with import check_one_tokenizer
 from megatron_octo.data.mix.replace import decide
 from megatron_octo.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, is_held, make_directory, read_json, write_json, write_text
@@ -85,11 +86,13 @@ def plan_start(run: RunConfig) -> Start:
         ConfigError: the run exists and differs in a field that may not change, or a branch does not continue
             its parent.
         CheckpointError: a pointer, parent or checkpoint is not there, or checkpoints are without a seal.
-        DataError: a new run's tokenizer is not there, or a source of the validation is missing or unfit.
+        DataError: a new run's tokenizer is not there, a source of the validation is missing or unfit, or one that is
+            read was built with another tokenizer.
         EnvironmentProblem: the run directory is a file, or a logger's package is not installed.
     """
     check_place(run.out)
     check_loggers(run)
+    check_made_with(run)
     if run.validation is not None:
         open_held_out(run)
     if has_checkpoint(run.out):
@@ -122,6 +125,17 @@ def make_place(run_dir: Path) -> None:
         raise EnvironmentProblem(
             f"{run_dir}: cannot be made ({error.strerror})", "a run keeps its checkpoints there", "name another `out`"
         ) from None
+
+
+def check_made_with(run: RunConfig) -> None:
+    """Check that what a run trains and validates on was built with its tokenizer, as far as manifests say.
+
+    Raises:
+        DataError: a source was built with another one.
+    """
+    pairs = {f"data.mixture.{name}": path for name, path in run.data.paths.items()}
+    held_out = run.validation.sources if run.validation else {}
+    check_one_tokenizer(run.data.tokenizer, pairs | {f"validation.sources.{name}": at for name, at in held_out.items()})
 
 
 def check_tokenizer_directory(run: RunConfig) -> None:

@@ -19,6 +19,7 @@ from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.index.writer import IndexedWriter
+from megatron_octo.data.mix.made_with import check_one_tokenizer
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import LOCK
 
@@ -280,6 +281,20 @@ def test_given_tokenizer_is_taken_over(built: Path, tmp_path: Path) -> None:
     assert set(manifest["inputs"]["tokenizer.path"]) == {"tokenizer.json", "tokenizer_config.json"}
     with pytest.raises(DataError, match="nowhere/tokenizer.json does not exist"):
         build_data(_config(tmp_path, tokenizer={"path": str(tmp_path / "nowhere")}), tmp_path / "other")
+
+
+def test_a_tokenizer_is_known_again_by_what_decides_tokens(built: Path, tmp_path: Path) -> None:
+    """As the manifest states it, in a directory with other things, and with a chat template more; no other one is."""
+    pairs, mine = {"data.mixture.web": built / "data" / "web"}, tmp_path / "mine"
+    shutil.copytree(built / "data" / "tokenizer", mine)
+    (mine / "config.json").write_text("{}")
+    check_one_tokenizer(mine, pairs)
+    (mine / "chat_template.jinja").write_text("{{ messages }}")
+    check_one_tokenizer(mine, pairs)
+    (mine / "tokenizer.json").write_text((mine / "tokenizer.json").read_text() + " ")
+    with pytest.raises(DataError, match=f"{built / 'data' / 'tokenizer'} .*, and data.tokenizer is {mine} "):
+        check_one_tokenizer(mine, pairs)
+    check_one_tokenizer(tmp_path / "not there", pairs)
 
 
 def test_only_the_files_of_a_tokenizer_count(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,9 @@ from megatron_octo.checkpoint import store
 from megatron_octo.cli import root as cli
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.index.writer import write_indexed
+from megatron_octo.errors import DataError
 from megatron_octo.runtime import launch
+from megatron_octo.train.forecast import forecast_file
 
 RUN: dict[str, Any] = {
     "name": "run",
@@ -106,6 +108,11 @@ def _data(folder: Path) -> None:
         write_indexed(folder / name, documents, 91)
     write_indexed(folder / "tiny", [[1, 2, 3]], 91)
     write_indexed(folder / "foreign", [*documents, [95, 0]], 96)
+    (folder / "alien").mkdir()
+    manifest = {"sources": {"web": {}}, "tokenizer": {"directory": "tokenizer", "sha256": "ed17569f" * 8}}
+    (folder / "alien" / "manifest.json").write_text(json.dumps(manifest))
+    write_indexed(folder / "alien" / "web", documents, 91)
+    write_indexed(folder / "alien" / "megatrons_own", documents, 91)
     (folder / "folder" / "prefix.bin").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(91)}, unk_token="w0"))
@@ -137,6 +144,16 @@ MISTAKES = [
     (["run.yaml", "data.mixture.web.path=tiny"], 3, ["data.mixture.web (tiny)", "3 tokens", "needs 33"]),
     (["run.yaml", "model.vocabulary=90"], 3, ["tokenizer has 91 entries", "model.vocabulary is 90"]),
     (["run.yaml", "data.mixture.web.path=foreign"], 3, ["data.mixture.web (foreign)", "token 95", "is 91"]),
+    (
+        ["run.yaml", "data.mixture.web.path=alien/web"],
+        3,
+        ["data.mixture.web (alien/web)", "alien/tokenizer (SHA-256 ed17569fed17)", "data.tokenizer is tokenizer (SHA-"],
+    ),
+    (
+        ["run.yaml", "validation={every: 5K, windows: 2, sources: {held: alien/web}}"],
+        3,
+        ["validation.sources.held (alien/web)", "ed17569fed17", "set data.tokenizer to alien/tokenizer"],
+    ),
     (["run.yaml", "data.mixture.web.path=gone"], 3, ["gone.bin does not exist", "octo data build"]),
     (["run.yaml", "data.mixture.web.path=web.bin"], 3, ["web.bin.bin does not exist", "without suffix: web"]),
     (["run.yaml", "data.mixture.web.path=folder/prefix"], 3, ["folder/prefix.bin is not a file"]),
@@ -248,6 +265,26 @@ def test_a_source_that_repeats_is_named_with_its_count_before_the_run_starts(oct
     assert "more than once" not in octo("run.yaml", "schedule.tokens=500")[2]
     code, out, err = octo("run.yaml", "--dry-run")
     assert code == 0 and err == "" and "sources read more than once: math 5.05 times, web 11.8 times" in out
+
+
+def test_a_pair_that_no_manifest_names_is_let_through(octo: Octo) -> None:
+    assert octo("run.yaml", "data.mixture.web.path=alien/megatrons_own")[0] == 0
+
+
+def test_a_forecast_of_data_with_another_tokenizer_is_refused(octo: Octo) -> None:
+    """Of a run, and of a mixture alone where it names a tokenizer or its sources have two."""
+    with pytest.raises(DataError, match=r"alien/web\) was built with .* alien/tokenizer .*data.tokenizer is"):
+        forecast_file(Path("run.yaml"), overrides=["data.mixture.web.path=alien/web"])
+    mixture = {"web": {"path": "alien/web", "weight": 0.7}, "math": {"path": "math", "weight": 0.3}}
+    Path("mixture.yaml").write_text(yaml.safe_dump({"data": {"mixture": mixture}}))
+    assert forecast_file(Path("mixture.yaml"), 1000)["windows"]
+    with pytest.raises(DataError, match="data.tokenizer is tokenizer"):
+        forecast_file(Path("mixture.yaml"), 1000, ["data.tokenizer=tokenizer"])
+    shutil.copytree("alien", "second")
+    text = Path("second/manifest.json").read_text().replace("ed17569f", "81afae46")
+    Path("second/manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"web \(alien/web\) .*ed17569f.* data.mixture.math is of second/tokenizer"):
+        forecast_file(Path("mixture.yaml"), 1000, ["data.mixture.math.path=second/web"])
 
 
 def test_a_step_longer_than_the_run_is_said(octo: Octo) -> None:
