@@ -170,7 +170,7 @@ MISTAKES = [
     (["run.yaml", "data.mixture.web.weight=much"], 2, ["data.mixture.web.weight = 'much'", "number"]),
     (["run.yaml", "data.mixture.code.weight=1"], 2, ["'data.mixture.code.path' is missing"]),
     (["run.yaml", "data.mixture.code.path=web"], 2, ["'data.mixture.code.weight' is missing"]),
-    (["list.yaml"], 2, ["data.mixture", "dictionary"]),
+    (["list.yaml"], 2, ["data.mixture", "a block of names belongs here"]),
     # schedule
     (["run.yaml", "schedule={kind: wsd, decay: 20K}"], 2, ["decay of 20000", "longer than the run's 10000"]),
     (["run.yaml", "schedule={kind: wsd, decay: 9K, warmup: 2K}"], 2, ["decay of 9000", "before the warm-up ends"]),
