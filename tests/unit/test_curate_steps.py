@@ -305,7 +305,7 @@ def test_equal_texts_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     curation = Curation(parse_config(CurateConfig, settings(tmp_path), "file"), tmp_path)
     texts = [text_of(number) for number in range(300)]
     records = [
-        {"id": f"web/a:{turn}-{number}", "text": text if turn else text.upper(), "score": 4 if number % 4 else None}
+        {"id": f"web/a:{turn}-{number}", "text": text if turn else text.upper(), "score": 4 if number % 4 else 0}
         for turn in range(3) for number, text in enumerate(texts)
     ]  # fmt: skip
     write_documents(curation.shard_file("judged", 0), iter(records))

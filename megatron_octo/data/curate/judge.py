@@ -23,12 +23,15 @@ from megatron_octo.data.curate.parts import (
 from megatron_octo.data.curate.prompts import Asked, asked_of
 from megatron_octo.data.curate.sample import SAMPLE
 from megatron_octo.data.engine.stage import Executor, Stage, calls_of, run_calls
+from megatron_octo.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 JUDGE, JUDGED = "judge", "judged"
 
 _NO_ANSWER = "no answer: "
 _ANSWER = 700.0  # characters: a justification of at most a hundred words, and the score
+_EXAMPLE = 160  # characters, the last ones of an answer
+_FEWEST = 0.1  # share of the documents that must have a score: with fewer the prompt or the server is wrong
 _MARKS = r"[\s*_`#>]*"
 _SCORE = re.compile(
     rf"{_MARKS}final score{_MARKS}[:=]{_MARKS}<?([0-5])>?(?:\s*(?:/|out of)\s*5)?{_MARKS}\.?{_MARKS}", re.I
@@ -63,8 +66,12 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
         team: who collects what was answered before.
 
     Returns:
-        Counts: `documents`, `scores` by score, `unscored` by reason (they count as negative), `rejected` by reason,
-        `positive`, `shortened`, `tokens_in`, `tokens_out`; and under `parts` the facts of each shard.
+        Counts: `documents`, `scores` by score, `unscored` by reason (left out, for nobody knows what the judge thinks
+        of them), `rejected` by reason, `positive`, `shortened`, `tokens_in`, `tokens_out`; and under `parts` the facts
+        of each shard.
+
+    Raises:
+        DataError: hardly a document has a score.
     """
     judge, config = curation.config.judge, curation.config
     assert judge is not None
@@ -92,8 +99,26 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
     tell_unanswered(JUDGE, done)
     names = ("documents", "scores", "unscored", "rejected", "shortened", "tokens_in", "tokens_out")
     counts = {name: total(done, name) for name in names}
+    _look_at_unscored(counts, next((facts["example"] for facts in done if "example" in facts), None))
     positive = sum(number for score, number in counts["scores"].items() if int(score) >= judge.positive_from)
     return {**counts, "positive": positive, "asked": asked.as_json(), "parts": done, **all_left(done)}
+
+
+def _look_at_unscored(counts: dict[str, Any], example: str | None) -> None:
+    """Refuse a judgement that hardly holds a score; say how many documents are left out for want of one."""
+    scored, unscored = sum(counts["scores"].values()), sum(counts["unscored"].values())
+    seen = f"such as {example!r}; an answer must end with the line 'Final score: <n>', n from 0 to 5"
+    if scored < _FEWEST * counts["documents"]:
+        reasons = {**counts["unscored"], **counts["rejected"]}
+        raise DataError(
+            f"judge: {scored} of {counts['documents']} documents have a score "
+            f"({', '.join(f'{why} {number}' for why, number in reasons.items())})",
+            seen if example is not None else "answers/judge holds what the server said",
+            "let judge.prompt ask for that line, and judge.max_tokens leave room; another question is asked anew"
+            if example is not None else "mend the endpoint, or set what it refuses",
+        )  # fmt: skip
+    if unscored:
+        print(f"octo: note: judge: {unscored} answers cannot be read and are left out, {seen}", file=sys.stderr)
 
 
 def _texts(curation: Curation, number: int, pulse: Pulse) -> Iterator[tuple[str, str]]:
@@ -117,10 +142,11 @@ def collect(curation: Curation, asked: Asked, task: tuple[int, Any, str]) -> dic
                 continue
             try:
                 score = score_of(answer.text)
-                count(facts["scores"], str(score))
             except NoScore as reason:
-                score = None
-                count(facts["unscored"], str(reason))
+                count(facts["unscored"], "cut off at max_tokens" if answer.finish == "length" else str(reason))
+                facts.setdefault("example", answer.text.strip()[-_EXAMPLE:])
+                continue
+            count(facts["scores"], str(score))
             yield {**record, "score": score}
 
     path = curation.shard_file(JUDGED, number)

@@ -92,7 +92,7 @@ def write_lines(curation: Curation, numbers: list[int], folder: Path) -> dict[st
             if not line:
                 counts["without_words"] += 1
                 continue
-            positive = (record["score"] or 0) >= judge.positive_from
+            positive = record["score"] >= judge.positive_from
             if random_number(seed, "held out", line) < limit:
                 counts["held_out"]["positive" if positive else "negative"] += 1
                 held.write(f"{POSITIVE if positive else NEGATIVE} {line}\n")

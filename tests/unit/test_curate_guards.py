@@ -1,0 +1,54 @@
+"""What a curation does not train on, and what it does not pay for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from curate_tools import Reply, judged, serving, settings, write_corpus
+
+from megatron_octo.config.curate import CurateConfig
+from megatron_octo.config.load import parse_config
+from megatron_octo.data.curate.parts import read_documents
+from megatron_octo.data.curate.run import curate
+from megatron_octo.errors import DataError
+
+
+def _config(folder: Path, server: Any = None, **changes: Any) -> CurateConfig:
+    return parse_config(CurateConfig, settings(folder, server, **changes), "file")
+
+
+def test_an_answer_that_cannot_be_read_is_no_verdict(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Else a judge that forgets the last line teaches the classifier that its best documents are bad."""
+    write_corpus(tmp_path / "in", 20)
+    odd = {3: Reply("I think this is a 4 out of 5"), 4: Reply("It explains the", finish="length")}
+    with serving(lambda asked, _: odd.get(asked.document) or judged(asked)) as server:
+        facts = curate(_config(tmp_path / "in", server), tmp_path / "out", "judge")["judge"]
+    assert facts["unscored"] == {"no final score line": 1, "cut off at max_tokens": 1}
+    assert sum(facts["scores"].values()) == 18
+    (judgements,) = (tmp_path / "out").rglob("result/judged")
+    records = [record for path in judgements.iterdir() for record in read_documents(path)]
+    assert len(records) == 18 and all(type(record["score"]) is int for record in records)
+    said = capfd.readouterr().err
+    assert "judge: 2 answers cannot be read and are left out, such as 'I think this is a 4 out of 5'" in said
+    assert "must end with the line 'Final score: <n>'" in said
+
+
+def test_a_judge_whose_answers_nobody_can_read(tmp_path: Path) -> None:
+    """Once more where the answers are there already: a larger sample of the same would be money for nothing."""
+    write_corpus(tmp_path / "in", 20)
+    words = (
+        r"judge: 1 of 20 documents have a score \(no final score line 19\); such as 'All good.*Score: 4'; .*"
+        r"'Final score: <n>', n from 0 to 5; fix: let judge.prompt ask for that line"
+    )
+    with serving(lambda asked, _: judged(asked) if asked.document == 5 else Reply("All good.\nScore: 4")) as server:
+        for _ in range(2):
+            with pytest.raises(DataError, match=words):
+                curate(_config(tmp_path / "in", server), tmp_path / "out", "train")
+    assert len(server.requests) == 20
+    with (
+        serving(lambda *_: Reply("")) as server,
+        pytest.raises(DataError, match=r"0 of 20 .*\(empty answer 20\); answers/"),
+    ):
+        curate(_config(tmp_path / "in", server), tmp_path / "none", "judge")
