@@ -110,7 +110,15 @@ CASES: dict[str, tuple[str, pyarrow.Schema | None, list[tuple[dict[str, Any], st
         ({"question": "What is 2+2?", "answer": "<think>It is 4.</think>Four.", "ground_truth_answer": "4"},
          "What is 2+2?\nIt is 4.\n\\boxed{4}"),
         ({"question": "What is 2+2?", "answer": "<think>It is 4.</think>Four."}, "! no boxed answer"),
-        ({"question": "What is 2+2?", "answer": GOOD, "verify_score": 0.0}, "! not verified"),
+        *(({"question": "What is 2+2?", "answer": GOOD, "verify_score": score}, what) for score, what in (
+            (0.0, "! not verified"), (0.5, "! not verified"), (-1, "! not verified"), ("0.0", "! not verified"),
+            ("1.0", THINKS), (2, THINKS), ("yes", "? its verify_score is no number: 'yes'"),
+            ("nan", "? its verify_score is no number: 'nan'"), ([1], "? its verify_score is no number: '[1]'"))),
+        ({"question": "q", "answer": "<think>Add.</think>\n\n<answer>It is \\boxed{9}</answer>", "verify_score": 1},
+         "q\nAdd.\nIt is \\boxed{9}"),
+        ({"question": "q", "answer": "<think>Is it \\boxed{8} no</think><answer>By symmetry 9.</answer>",
+          "ground_truth_answer": "9"}, "q\nIs it \\boxed{8} no\n\\boxed{9}"),
+        ({"question": "q", "answer": "<think>Is it \\boxed{8} no</think><answer>9.</answer>"}, "! no boxed answer"),
         ({"question": "What is 2+2?", "answer": OPEN}, "! thinking not complete"),
         ({"question": "What is 2+2?"}, "? no field 'answer'"),
     ]),
@@ -292,6 +300,11 @@ def test_a_hub_that_is_reached_gives_urls(monkeypatch: pytest.MonkeyPatch) -> No
         ("**Answer:** $\\boxed{4}$.", "", None, "$\\boxed{4}$."),
         ("first \\boxed{3}\nno, it is 4", "\\boxed{3} or\n \\boxed{4}\nas said", None, "it is 4\n\\boxed{4}"),
         ("it is 4", "as said", " 4 ", "it is 4\n\\boxed{4}"),
+        ("\\boxed{3} or \\boxed{4}, no", "", "5", "no\n\\boxed{5}"),
+        ("so \\boxed{3}", "no: \\boxed{4}.", None, "so \\boxed{3}\nno: \\boxed{4}."),
+        ("so $\\boxed{{4}}$", "it is \\boxed{{4}}.", "4", "so $\\boxed{{4}}$"),
+        ("so \\boxed{\\{1\\}\\left\\{}", "", "4", "so \\boxed{\\{1\\}\\left\\{}"),
+        ("so \\boxed{4", "", "4", "so \\boxed{4\n\\boxed{4}"),
     ],
 )
 def test_thinking_ends_with_a_boxed_answer(thinking: str, after: str, answer: Any, end: str) -> None:
@@ -341,6 +354,8 @@ def test_the_registry_says_what_a_corpus_is() -> None:
         facts = describe(adapter)
         assert json.loads(json.dumps(facts)) == facts and facts["renderer"].endswith(".")
         assert adapter.title and adapter.fields
+        if adapter.name == "am-deepseek-distilled-40m":
+            assert facts["renderer"].endswith("a response whose verify_score is 1 or more, or missing.")
         if adapter.hub:
             assert adapter.licence and adapter.files and adapter.form in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst")
             assert adapter.tokens or adapter.documents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _GOLD_LINE = re.compile(r"\s*^####[ \t]*(.+?)\s*\Z", re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _BOX = "\\boxed{"
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one opens and closes nothing
+_ANSWER_TAG = re.compile(r"</?answer>")
 _CLOSERS = " \t\r\n$.*)]\\"  # what may stand behind a boxed answer: the end of a formula, of a sentence, of bold text
 
 
@@ -157,13 +160,13 @@ def correct_pair(question: str, solution: str, is_correct: bool) -> str:
 def thoughts(question: str, response: str, answer: Any) -> str:
     r"""A question and the thinking of a reasoning model, tags dropped, ending with a boxed answer.
 
-    Where the thinking does not end with one, the last boxed line of what follows it is appended, or else the known
-    answer in a box.
+    Where the thinking does not end with one, or with another one than what follows it, the last boxed line of what
+    follows is appended, or else the known answer in a box. A box within the thinking is no answer.
 
     Raises:
         Unsuitable: the thinking is not complete, or there is no boxed answer and none is known.
     """
-    before, closed, after = response.partition("</think>")
+    before, closed, after = _ANSWER_TAG.sub("", response).partition("</think>")
     if not closed:
         raise Unsuitable("thinking not complete")
     thinking = before.rpartition("<think>")[2].strip()
@@ -203,31 +206,53 @@ def first_verified(
 
 
 def verified_thoughts(question: str, response: str, answer: Any, score: Any) -> str:
-    """A question and the thinking of a response, if the response was not found wrong.
+    """A question and the thinking of a response whose verify_score is 1 or more, or missing.
 
     Args:
         question: the problem.
         response: of a reasoning model.
         answer: the right one, where it is known.
-        score: 1 for a right answer, less for a wrong one; None where nobody looked.
+        score: a number, or a text that is one: 1 for a right answer, less for a wrong one; None where nobody looked.
 
     Raises:
-        Unsuitable: the response is wrong, or its thinking not complete.
+        BadRecord: the score is no number.
+        Unsuitable: the response is not known to be right, or its thinking not complete.
     """
-    if score is not None and not (isinstance(score, (int, float)) and score >= 1):
+    if score is not None and _number(score) < 1:
         raise Unsuitable("not verified")
     return thoughts(question, response, answer)
 
 
+def _number(score: Any) -> float:
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRecord("its verify_score is no number", f": {str(score)[:40]!r}")
+    return number
+
+
 def _ends_boxed(thinking: str, summary: str, answer: Any) -> str:
-    if _BOX in thinking.rstrip(_CLOSERS).rpartition("\n")[2]:
+    own, rest = _last_box(thinking)
+    last = next((line.strip() for line in reversed(summary.splitlines()) if _BOX in line), "")
+    if own and not rest.strip(_CLOSERS) and (not last or _last_box(last)[0] == own):
         return thinking
-    final = [line.strip() for line in summary.splitlines() if _BOX in line]
-    if final:
-        return f"{thinking}\n{final[-1]}"
+    if last:
+        return f"{thinking}\n{last}"
     if isinstance(answer, str) and answer.strip():
         return f"{thinking}\n{_BOX}{answer.strip()}}}"
     raise Unsuitable("no boxed answer")
+
+
+def _last_box(text: str) -> tuple[str, str]:
+    """The last boxed answer that is closed, with its box, and what stands behind it; nothing where there is none."""
+    start, depth = text.rfind(_BOX), 0
+    for found in _BRACE.finditer(text, start + len(_BOX) - 1) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return text[start : found.end()], text[found.end() :]
+    return "", ""
 
 
 def gold_number(answer: str) -> str:
