@@ -127,6 +127,14 @@ class Classify(Strict):
         default=None,
         description="a fastText model with labels __label__positive and __label__negative; by default trained",
     )
+    least_informedness: float = Field(
+        default=0.1, ge=-1, le=1, allow_inf_nan=False,
+        description="of a trained one, held out, at the threshold (share it keeps of the positives less share of the "
+        "negatives; 0 is chance): with less nothing is classified; -1 goes on with any",
+    )  # fmt: skip
+    most_kept: float = Field(
+        default=0.99, gt=0, le=1, description="share of the documents; where more are kept nothing is refined; 1 does"
+    )
 
 
 class Refine(Question):

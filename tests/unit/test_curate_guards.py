@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from curate_tools import Reply, judged, serving, settings, write_corpus
+from curate_tools import Reply, Request, either, judged, refined, serving, settings, write_corpus
 
 from megatron_octo.config.curate import CurateConfig
 from megatron_octo.config.load import parse_config
-from megatron_octo.data.curate.parts import read_documents
+from megatron_octo.data.curate.parts import random_number, read_documents
 from megatron_octo.data.curate.run import curate
 from megatron_octo.errors import DataError
 
@@ -52,3 +53,47 @@ def test_a_judge_whose_answers_nobody_can_read(tmp_path: Path) -> None:
         pytest.raises(DataError, match=r"0 of 20 .*\(empty answer 20\); answers/"),
     ):
         curate(_config(tmp_path / "in", server), tmp_path / "none", "judge")
+
+
+def _score_at_random(asked: Request) -> Reply:
+    """Verdicts that have nothing to do with the texts: nobody can learn them."""
+    return Reply(f"Final score: {2 + random_number(1, 'verdict', str(asked.document)) % 2}")
+
+
+def test_a_classifier_that_tells_nothing_apart_stops_before_anything_more_is_paid(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its figures and where they stand are said as soon as there are some; whoever wants to goes on all the same."""
+    write_corpus(tmp_path / "in", 120)
+    train = {**settings(tmp_path)["train"], "held_out": 0.5}
+    with serving(lambda asked, _: _score_at_random(asked) if "Final" in asked.message else refined(asked)) as server:
+        values = {"train": train, "classify": {"threshold": 0.0, "most_kept": 1}}
+        report = curate(_config(tmp_path / "in", server, **values), tmp_path / "out", "train")["train"]
+        assert (report["kept"], report["recall"], report["informedness"]) == (1, 1, 0)
+        said = capfd.readouterr().err
+        assert f"keeps 100.0% at threshold 0.0: precision {report['precision']}, recall 1.0, f1" in said
+        file = Path(said.rpartition("report: ")[2].strip())
+        assert json.loads(file.read_text())["curve"] == report["curve"]
+        with pytest.raises(DataError, match=r"hardly better than chance: .*keeps 100.0% .*least_informedness: -1"):
+            curate(_config(tmp_path / "in", server, **values), tmp_path / "out")
+        assert len(server.requests) == 120
+        values["classify"] |= {"least_informedness": -1}
+        assert curate(_config(tmp_path / "in", server, **values), tmp_path / "out")["steps"]["refine"]["kept"] == 120
+
+
+def test_what_keeps_everything_is_not_refined(tmp_path: Path) -> None:
+    """Also where the classifier was named, and nothing was held out; nothing follows from the limits but refusals."""
+    write_corpus(tmp_path / "in", 60)
+    with serving(either) as server:
+        values = {"train": {**settings(tmp_path)["train"], "held_out": 0.5}}
+        curate(_config(tmp_path / "in", server, **values), tmp_path / "out", "train")
+        (model,) = (tmp_path / "out").rglob("model.bin")
+        named = {**dict.fromkeys(("sample", "judge", "train")), "classify": {"model": str(model), "threshold": 0.0}}
+        asked = len(server.requests)
+        with pytest.raises(DataError, match=r"keeps 60 of 60 documents at .*, more than .* = 0.99; .*most_kept: 1"):
+            curate(_config(tmp_path / "in", server, **named), tmp_path / "named")
+        assert len(server.requests) == asked
+        named["classify"] |= {"most_kept": 1}
+        made = curate(_config(tmp_path / "in", server, **named), tmp_path / "named")
+        named["classify"] |= {"most_kept": 0.5, "least_informedness": 0.9}
+        assert curate(_config(tmp_path / "in", server, **named), tmp_path / "named") == made

@@ -97,9 +97,10 @@ def test_what_is_measured() -> None:
     labels, scores = np.array([1, 1, 1, 0, 0], bool), np.array([0.9, 0.4, 0.1, 0.8, 0.2])
     report = train.measure(labels, scores, 0.4)
     assert (report["precision"], report["recall"], report["f1"], report["kept"]) == (0.6667, 0.6667, 0.6667, 0.6)
+    assert report["informedness"] == 0.1667  # two of three, and one of two
     assert [point["threshold"] for point in report["curve"]][:2] == [0.05, 0.1] and len(report["curve"]) == 19
     assert report["curve"][0]["recall"] == 1 and report["curve"][-1] == {
-        "threshold": 0.95, "precision": 0.0, "recall": 0.0, "f1": 0.0, "kept": 0.0,
+        "threshold": 0.95, "precision": 0.0, "recall": 0.0, "f1": 0.0, "informedness": 0.0, "kept": 0.0,
     }  # fmt: skip
 
 

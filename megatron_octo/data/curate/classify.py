@@ -54,6 +54,23 @@ def classify_corpora(curation: Curation, parts: list[Part], team: Executor) -> d
     }  # fmt: skip
 
 
+def refuse_all_kept(curation: Curation, classified: dict[str, Any]) -> None:
+    """Check that a classifier leaves something out, before every document is sent to a model.
+
+    Raises:
+        DataError: it keeps more than `classify.most_kept`.
+    """
+    classify, documents = curation.config.classify, classified["accounts"]["documents"]
+    assert classify is not None
+    if classified["kept"] > classify.most_kept * documents:
+        raise DataError(
+            f"the classifier keeps {classified['kept']} of {documents} documents at classify.threshold = "
+            f"{classify.threshold}, more than classify.most_kept = {classify.most_kept}",
+            "it chooses nothing, and refining is the dearest step",
+            "set a higher classify.threshold or mend the classifier; to refine all of them: classify.most_kept: 1",
+        )
+
+
 def named_model(named: Path) -> Path:
     """The classifier's file that `classify.model` names.
 
@@ -120,7 +137,9 @@ def keep_documents(curation: Curation, parts: list[Part], classified: dict[str, 
         `documents`, and the files.
     """
     own = {"format": FORMAT, "classified": {name: classified[name] for name in ("model", "accounts", "kept")}}
-    own |= {"settings": curation.config.model_dump(mode="json", include={"classify", "seed"})}
+    classify = curation.config.classify
+    assert classify is not None
+    own |= {"settings": [classify.model, classify.threshold, curation.config.seed]}
     own |= {"read": reading(curation)}  # the texts: another rendering may have the same counts
     stage = Stage(KEEP, parts, partial(_keep, curation), own)
     done = run_stages([stage], curation.work, team)[KEEP]

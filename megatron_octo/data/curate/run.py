@@ -10,14 +10,14 @@ from megatron_octo import __version__
 from megatron_octo.config.curate import CurateConfig, Question, Step
 from megatron_octo.config.load import differences
 from megatron_octo.data.corpora.shard import Shard, list_shards, numbered
-from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, named_model
+from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, named_model, refuse_all_kept
 from megatron_octo.data.curate.client import key_of
 from megatron_octo.data.curate.judge import judge_sample
 from megatron_octo.data.curate.parts import Curation, Part
 from megatron_octo.data.curate.prompts import Asked, asked_of
 from megatron_octo.data.curate.refine import refine_corpora
 from megatron_octo.data.curate.sample import draw_sample
-from megatron_octo.data.curate.train import train_classifier
+from megatron_octo.data.curate.train import refuse_worthless, train_classifier
 from megatron_octo.data.engine.build import only_writer
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, lines_of, look_at, refuse_change, versions
@@ -52,7 +52,8 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
 
     Raises:
         ConfigError: a setting is not allowed, the directory holds another curation, or there is no key.
-        DataError: an input is missing or broken, changes meanwhile, or nothing is kept.
+        DataError: an input is missing or broken, changes meanwhile, or nothing is kept; the judge cannot be read, or the
+            classifier chooses nothing.
         EnvironmentProblem: an endpoint is down or refuses what it is asked.
         StageFailed: a worker process was killed.
     """
@@ -124,8 +125,12 @@ def _questions(config: CurateConfig) -> dict[str, Asked]:
 
 
 def _settings(config: CurateConfig, questions: dict[str, Asked]) -> dict[str, Any]:
-    """Everything the result follows from besides the inputs: not how hard an endpoint is pressed, nor where it is."""
-    own = {"endpoint": True, "judge": {"endpoint", "prompt"}, "refine": {"endpoint", "prompt"}}
+    """Everything the result follows from besides the inputs: not how hard an endpoint is pressed, nor where it is.
+
+    Nor the limits of what is refused.
+    """
+    limits = {"least_informedness", "most_kept"}
+    own = {"endpoint": True, "classify": limits, "judge": {"endpoint", "prompt"}, "refine": {"endpoint", "prompt"}}
     settings = config.model_dump(mode="json", exclude=own)
     return {**settings, "asked": {step: asked.as_json() for step, asked in questions.items()}}
 
@@ -179,8 +184,12 @@ def _steps(curation: Curation, parts: list[Part], until: str, team: Executor) ->
         elif step == "train":
             found[step] = train_classifier(curation, parts, found["judge"], team)
         elif step == "classify":
+            if "train" in found:
+                refuse_worthless(curation, found["train"])
             found[step] = classify_corpora(curation, parts, team)
         else:
+            if "classify" in found:
+                refuse_all_kept(curation, found["classify"])
             found[step] = refine_corpora(curation, parts, found.get("classify"), team)
     if "classify" in found and config.refine is None:
         found["keep"] = keep_documents(curation, parts, found["classify"], team)

@@ -21,7 +21,7 @@ from megatron_octo.data.engine.stage import Executor, Stage, run_stages
 from megatron_octo.errors import DataError, StageFailed
 from megatron_octo.files import hash_file, replacing, write_json
 
-FORMAT = 1
+FORMAT = 2
 TRAIN = "train"
 POSITIVE, NEGATIVE = "__label__positive", "__label__negative"
 
@@ -30,7 +30,7 @@ _THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
 
 
 def train_classifier(curation: Curation, parts: list[Part], judged: dict[str, Any], team: Executor) -> dict[str, Any]:
-    """Train, measure, and leave `classifier/model.bin` and `classifier/report.json` in the result.
+    """Train, measure, leave `classifier/model.bin` and `classifier/report.json` in the result, and say how good it is.
 
     Returns:
         The report, see `measure`; the model's `sha256`.
@@ -41,11 +41,47 @@ def train_classifier(curation: Curation, parts: list[Part], judged: dict[str, An
     made_from |= {"seed": curation.config.seed, "threshold": _threshold(curation)}
     hashes = [facts["sha256"] for facts in judged["parts"]]
     stage = Stage(TRAIN, [hashes], partial(learn, curation, [part.number for part in parts]), made_from)
-    return run_stages([stage], curation.work, team)[TRAIN][0]
+    report = run_stages([stage], curation.work, team)[TRAIN][0]
+    print(f"train: {_words(report)}; report: {_report_file(curation)}", file=sys.stderr, flush=True)
+    return report
 
 
-def _threshold(curation: Curation) -> float | None:
-    return curation.config.classify.threshold if curation.config.classify else None
+def _words(report: dict[str, Any]) -> str:
+    figures = ", ".join(f"{name} {report[name]}" for name in ("precision", "recall", "f1", "informedness"))
+    held, at = report["held_out"], report["threshold"]
+    share = held["positive"] / (held["positive"] + held["negative"])
+    return (
+        f"of {sum(held.values())} held-out documents, {share:.1%} of them positive, the classifier keeps "
+        f"{report['kept']:.1%} at threshold {at}: {figures}"
+    )
+
+
+def refuse_worthless(curation: Curation, report: dict[str, Any]) -> None:
+    """Check that a classifier tells positive documents from others, before the corpora are read and models are paid.
+
+    Raises:
+        DataError: it does not, or not at the threshold: such a one may keep everything, or nothing.
+    """
+    classify = curation.config.classify
+    assert classify is not None
+    if report["informedness"] >= classify.least_informedness:
+        return
+    best = max(report["curve"], key=lambda point: point["informedness"])
+    raise DataError(
+        f"the classifier is hardly better than chance: {_words(report)}",
+        f"informedness is less than classify.least_informedness = {classify.least_informedness} "
+        f"(the best is {best['informedness']}, at threshold {best['threshold']}; see {_report_file(curation)})",
+        "set another classify.threshold, draw a larger sample, or train otherwise (train.epochs, train.rate); to go on "
+        "all the same: classify.least_informedness: -1",
+    )
+
+
+def _report_file(curation: Curation) -> Path:
+    return curation.result / "classifier" / "report.json"
+
+
+def _threshold(curation: Curation) -> float:
+    return curation.config.classify.threshold if curation.config.classify else 0.5
 
 
 def learn(curation: Curation, numbers: list[int], hashes: list[str]) -> dict[str, Any]:
@@ -59,16 +95,16 @@ def learn(curation: Curation, numbers: list[int], hashes: list[str]) -> dict[str
     folder = curation.work / TRAIN
     folder.mkdir(parents=True, exist_ok=True)
     counts = write_lines(curation, numbers, folder)
-    model = curation.result / "classifier" / "model.bin"
+    model = _report_file(curation).with_name("model.bin")
     model.parent.mkdir(parents=True, exist_ok=True)
     with replacing(model) as temporary:
         used = fit(train, folder / "train.txt", temporary, curation.config.seed)
     labels, scores = _held_out(folder / "held_out.txt", model)
-    report = {**counts, **used, **measure(labels, scores, _threshold(curation) or 0.5)}
-    write_json(model.with_name("report.json"), report)
+    report = {**counts, **used, **measure(labels, scores, _threshold(curation))}
+    write_json(_report_file(curation), report)
     for name in ("all.txt", "train.txt", "held_out.txt"):
         (folder / name).unlink()
-    return {**report, "sha256": hash_file(model), **left(curation, model, model.with_name("report.json"))}
+    return {**report, "sha256": hash_file(model), **left(curation, model, _report_file(curation))}
 
 
 def write_lines(curation: Curation, numbers: list[int], folder: Path) -> dict[str, Any]:
@@ -253,7 +289,8 @@ def measure(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[st
         threshold: least probability at which a document is kept.
 
     Returns:
-        `threshold`, `precision`, `recall`, `f1` and `kept` (share) there; `curve`, the same at every 0.05.
+        `threshold`, `precision`, `recall`, `f1`, `informedness` (Youden's J: share kept of the positive less share kept
+        of the other ones) and `kept` (share of all) there; `curve`, the same at every 0.05.
     """
     return {**_at(labels, scores, threshold), "curve": [_at(labels, scores, value) for value in _THRESHOLDS]}
 
@@ -264,5 +301,6 @@ def _at(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, f
     precision = right / kept.sum() if kept.any() else 0.0
     recall = right / labels.sum() if labels.any() else 0.0
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-    values = {"precision": precision, "recall": recall, "f1": f1, "kept": float(kept.mean())}
+    wrong = int((kept & ~labels).sum()) / max(1, int((~labels).sum()))
+    values = {"precision": precision, "recall": recall, "f1": f1, "informedness": recall - wrong, "kept": kept.mean()}
     return {"threshold": threshold, **{name: round(float(value), 4) for name, value in values.items()}}
