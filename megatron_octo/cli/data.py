@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from megatron_octo.cli import clean, mix
+from megatron_octo.cli.built import tell_build
 from megatron_octo.cli.shared import AsJson, print_facts, print_json
 from megatron_octo.errors import ConfigError
 
@@ -49,6 +51,7 @@ def build(
     out: Annotated[Path, typer.Option(help="directory to write")],
     workers: Annotated[int | None, typer.Option(help="shards at the same time, each on one core")] = None,
     executor: Annotated[str, typer.Option(help="local, ray (RAY_ADDRESS, or one of this machine) or slurm")] = "local",
+    as_json: AsJson = False,
 ) -> None:
     """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
 
@@ -66,26 +69,18 @@ def build(
         from megatron_octo.data.engine.jobs import render_build
 
         script, said = render_build(config, out, workers)
-        if script is None:
+        if as_json:
+            print_json({"script": script, "submitted": said})
+        elif script is None:
             typer.echo(f"{out}: finished and whole; no job is needed")
         else:
-            typer.echo(said.rstrip() if said else f"submit the jobs with: bash {script}")
+            typer.echo(said.rstrip() if said else f"submit the jobs with: bash {shlex.quote(str(script))}")
         return
-    from megatron_octo.data.clean.measure import absent_line
     from megatron_octo.data.engine.build import build_data
 
-    manifest = build_data(config, out, workers, executor)
-    for name, facts in manifest["sources"].items():
-        typer.echo(_built(name, facts, out / name))
-    for line in absent_line(manifest.get("cleaning") or {}):
-        typer.echo(line)
-
-
-def _built(name: str, facts: dict[str, Any], prefix: Path) -> str:
-    """What a build made of one source, and what it left out."""
-    accounts = facts.get("accounts", {})
-    left = (f"{sum(accounts.get(what, {}).values()):,} {what}" for what in ("skipped", "removed"))
-    return f"{name}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {', '.join(left)}; {prefix}"
+    done: list[str] = []
+    manifest = build_data(config, out, workers, executor, done.append)
+    print_json({"done": done, **manifest}) if as_json else tell_build(out, manifest, "; ".join(done))
 
 
 @app.command("work", hidden=True)
@@ -118,15 +113,23 @@ def inspect(prefix: Path, as_json: AsJson = False) -> None:
 
 
 @app.command("verify")
-def verify(directory: Path) -> None:
+def verify(directory: Path, as_json: AsJson = False) -> None:
     """Check every file of a data directory against its manifest.
 
     Example: octo data verify data
     """
     from megatron_octo.data.engine.manifest import verify_data
 
-    verify_data(directory)
-    typer.echo(f"{directory}: every file is as its manifest says")
+    manifest = verify_data(directory)
+    if as_json:
+        sources = {name: _counts(facts) for name, facts in manifest["sources"].items()}
+        print_json({"directory": directory, "whole": True, **_counts(manifest), "sources": sources})
+    else:
+        typer.echo(f"{directory}: every file is as its manifest says")
+
+
+def _counts(facts: dict[str, Any]) -> dict[str, int]:
+    return {what: facts[what] for what in ("documents", "tokens")}
 
 
 @app.command("report")

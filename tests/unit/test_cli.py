@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -243,9 +244,45 @@ def test_a_build_says_what_it_made_of_each_source_and_what_it_left_out(octo: Oct
     (tmp_path / "text.jsonl").write_text("".join(f"{line}\n" for line in lines))
     skipping = {"on_bad_line": "skip", "deduplicate": {"near": None}, "corpora": {"text": {"path": "text.jsonl"}}}
     (tmp_path / "some.yaml").write_text(yaml.safe_dump({"tokenizer": DATA["tokenizer"], **skipping}))
-    code, out, _ = octo("data", "build", "some.yaml", "--out", "d")
-    tokens = json.loads((tmp_path / "d" / "manifest.json").read_text())["tokens"]
-    assert (code, out) == (0, f"text: 3 documents, {tokens} tokens, 1 skipped, 1 removed; d/text\n")
+    again = ("data", "build", "some.yaml", "--out", "my d")
+    code, out, err = octo(*again)
+    made = json.loads((tmp_path / "my d" / "manifest.json").read_text())
+    tokens, first = made["tokens"], made["sources"]["text"]["accounts"]["first"][0]
+    assert first.startswith("text.jsonl:5: not JSON (")
+    assert (code, err) == (0, "") and out.splitlines() == [
+        f"text: 3 documents, {tokens} tokens; 1 skipped (1 not JSON), first {first}; "
+        "1 removed (1 exact duplicate); my d/text",
+        f"total: 3 documents, {tokens} tokens; deduplicated (exact), not decontaminated; "
+        f"vocabulary {made['tokenizer']['rows']} (my d/tokenizer)",
+        "next: octo data inspect 'my d/text'; octo data report 'my d'; octo data verify 'my d'",
+    ]
+    facts = json.loads(octo("data", "verify", "my d", "--json")[1])
+    assert facts["whole"] and facts["sources"] == {"text": {"documents": 3, "tokens": tokens}}
+    assert "\ndone: nothing, for the directory was finished and whole\nnext: " in octo(*again)[1]
+    (tmp_path / "my d" / "text.bin").unlink()
+    (tmp_path / "my d" / "problems" / "train.jsonl").unlink()
+    assert json.loads(octo(*again, "--json")[1])["done"] == ["repaired text, problems/train.jsonl"]
+
+
+def test_jobs_are_submitted_by_a_command_that_a_shell_reads(octo: Octo, tmp_path: Path) -> None:
+    code, out, _ = octo("data", "build", "data.yaml", "--out", "my d", "--executor", "slurm")
+    script = tmp_path / "my d" / ".work" / "slurm" / "submit.sh"
+    assert (code, shlex.split(out)) == (0, ["submit", "the", "jobs", "with:", "bash", str(script)])
+
+
+def test_a_corpus_that_loses_most_of_its_records_is_told_aloud(octo: Octo, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{cut\n{cut\n')
+    values = {"on_bad_line": "skip", "corpora": {"text": {"path": "text.jsonl"}}}
+    (tmp_path / "some.yaml").write_text(yaml.safe_dump({"tokenizer": DATA["tokenizer"], **values}))
+    assert octo("data", "build", "some.yaml", "--out", "half")[2] == ""
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{cut\n{cut\n')
+    code, out, err = octo("data", "build", "some.yaml", "--out", "d")
+    assert (code, err) == (
+        0,
+        "octo: warning: text: 2 of 3 records are left out (2 skipped (2 not JSON); 0 removed); "
+        "see octo data report d\n",
+    )
+    assert "; not deduplicated, not decontaminated; " in out
 
 
 @pytest.mark.timeout(120)

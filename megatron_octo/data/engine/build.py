@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_octo.data.corpora.problems import (
 )
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.inputs import tell_copies
-from megatron_octo.data.engine.manifest import intact_sources, make_manifest, verify_data
+from megatron_octo.data.engine.manifest import broken_parts, intact_sources, make_manifest, verify_data
 from megatron_octo.data.engine.plan import BEYOND, JOIN, TOKENIZER, Plan
 from megatron_octo.data.engine.publish import (
     MANIFEST,
@@ -49,8 +50,9 @@ _NONE_INTACT = "no source is whole, or other versions of the code made them"
 
 
 def build_data(
-    config: DataBuildConfig, out: Path, workers: int | None = None, executor: str = "local"
-) -> dict[str, Any]:
+    config: DataBuildConfig, out: Path, workers: int | None = None, executor: str = "local",
+    tell: Callable[[str], None] = lambda done: None,
+) -> dict[str, Any]:  # fmt: skip
     """Build a data directory, or finish one that was interrupted.
 
     Args:
@@ -58,6 +60,7 @@ def build_data(
         out: directory to write: `tokenizer/`, `<source>.bin`, `<source>.idx`, `problems/`, `manifest.json` (last).
         workers: shards worked on at the same time, see `executor_of`; the result does not depend on it.
         executor: `local` or `ray`; the result does not depend on it.
+        tell: called, where the directory was finished already, with what had to be done.
 
     Returns:
         The manifest.
@@ -83,8 +86,10 @@ def build_data(
             refuse_other(out, "inputs", finished["inputs"], inputs)
             if is_whole(out):
                 shutil.rmtree(out / WORK)
+                tell("nothing, for the directory was finished and whole")
                 return finished
             intact = intact_sources(out, finished)
+            tell(f"repaired {', '.join(broken_parts(out, finished, intact))}")
             if not intact:
                 print(f"octo: note: all of {out} is made again: {_NONE_INTACT}", file=sys.stderr)
         tell_copies({f"corpora.{name}": inputs[f"corpora.{name}"] for name in config.corpora}, bool(config.deduplicate))

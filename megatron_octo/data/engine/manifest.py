@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,11 @@ def intact_sources(out: Path, manifest: dict[str, Any]) -> frozenset[str]:
         for name, facts in manifest["sources"].items()
         if all((out / file).is_file() and hash_file(out / file) == known for file, known in facts["sha256"].items())
     )
+
+
+def broken_parts(out: Path, manifest: dict[str, Any], intact: Collection[str]) -> list[str]:
+    """What of a finished build is made again: sources, `tokenizer`, files of problems."""
+    files = {f"problems/{split}.jsonl": facts["sha256"] for split, facts in manifest["problems"].items()}
+    altered = [name for name, known in files.items() if not (out / name).is_file() or hash_file(out / name) != known]
+    whole = (out / "tokenizer").is_dir() and hash_directory(out / "tokenizer") == manifest["tokenizer"]["sha256"]
+    return [*(name for name in manifest["sources"] if name not in intact), *([] if whole else ["tokenizer"]), *altered]
