@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_octo.config.data import DataBuildConfig
+from megatron_octo.config.data import Corpus, DataBuildConfig, TokenizerConfig, TrainTokenizer
 from megatron_octo.config.load import load_config, read_yaml
 from megatron_octo.config.recipes import RECIPES
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.clean.questions import KNOWN
 from megatron_octo.data.corpora.registry import find_adapter
+from megatron_octo.data.engine.build import build_data
 from megatron_octo.train.api import load_run
 from megatron_octo.train.dry_run import dry_run
 from megatron_octo.train.forecast import forecast_file
@@ -193,18 +195,76 @@ def test_every_key_is_explained(path: Path) -> None:
     assert max(map(len, lines)) <= 120
 
 
-def test_one_build_makes_every_source_of_the_mixtures_in_the_form_they_want() -> None:
+BUILDS = sorted(path for path in (RECIPES / "builds").glob("*.yaml") if path.stem != "minimal")
+
+
+def made_by_builds() -> dict[Path, Corpus]:
+    """Every dataset that the packaged builds make, by its path after the command at the head of their files."""
+    made: dict[Path, Corpus] = {}
+    for path in BUILDS:
+        command = re.search(r"octo data build recipes/builds/(\S+) --out (\S+)", path.read_text())
+        assert command and command[1] == path.name and max(map(len, path.read_text().splitlines())) <= 120
+        corpora = load_config(DataBuildConfig, path).corpora
+        assert not made.keys() & {Path(command[2]) / name for name in corpora}
+        made |= {Path(command[2]) / name: corpus for name, corpus in corpora.items()}
+    return made
+
+
+def test_builds_make_every_dataset_that_a_run_or_a_mixture_reads() -> None:
+    made = made_by_builds()
+    read: dict[Path, list[str] | None] = {}
+    for each in RUNS:
+        run = run_of(*each)
+        assert run.validation is not None
+        read |= dict.fromkeys(run.validation.sources.values())
+        for _, mixture in run.data.mixtures:
+            read |= {source.path: source.corpora for source in mixture.values()}
+    for path in (RECIPES / "mixtures").glob("*.yaml"):
+        sources = read_yaml(path)["data"]["mixture"].values()
+        read |= {Path(source["path"]): source["corpora"] for source in sources}
+    # its texts are at Software Heritage; the stable mixture says what replaces it
+    assert run_of("llama32_3b", "stable").data.replace == {"megamath_code": "megamath_translated_code"}
+    assert read.keys() - made.keys() == {Path("data/megamath_code")} and made.keys() <= read.keys()
+    for path in read.keys() & made.keys():
+        assert read[path] in (None, [made[path].adapter]), path
+        assert made[path].rendering == next(
+            (form for form in ("qa", "prose") if path.parent.name.endswith(form)), "published"
+        )
+
+
+def test_what_is_validated_on_is_not_trained_on(tmp_path: Path) -> None:
+    """It comes first, so that even a copy of a training file is taken out of training."""
+    build = load_config(DataBuildConfig, RECIPES / "builds" / "octothinker.yaml")
+    held = [path.name for path in run_of("llama32_3b", "stable").validation.sources.values()]
+    assert list(build.corpora)[: len(held)] == held
+    assert all(build.corpora[name].tokens == "all" and build.corpora[name].hint for name in held)
+    trained_on = held[0].removeprefix("validation_")
+    places = {name: {"path": str(tmp_path / name)} for name in (held[0], trained_on)}
+    kept = {name: build.corpora[name].model_copy(update=place) for name, place in places.items()}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    held_out = "a page that is held out of training"
+    pages = [f"page {number} " + "".join(f"{number * place} " for place in range(2, 30)) for number in range(1, 20)]
+    rows = "".join(json.dumps({"text": page}) + "\n" for page in [held_out, *pages])
+    (tmp_path / trained_on / "a.jsonl").write_text(rows)
+    (tmp_path / held[0] / "b.jsonl").write_text(json.dumps({"text": held_out}) + "\n")
+    trained = TokenizerConfig(train=TrainTokenizer(vocabulary_size=300))
+    changes = {"corpora": kept, "tokenizer": trained, "decontaminate": None}
+    sources = build_data(build.model_copy(update=changes), tmp_path / "out", 1)["sources"]
+    assert {name: facts["documents"] for name, facts in sources.items()} == {held[0]: 1, trained_on: 19}
+
+
+def test_budgets_suffice_and_every_corpus_can_be_read() -> None:
     build = load_config(DataBuildConfig, RECIPES / "builds" / "octothinker.yaml")
     for stage in STAGES:
         for name, source in run_of("llama32_3b", stage).data.mixture.items():
-            if name == "megamath_code":  # its texts are at Software Heritage; the stable mixture says what replaces it
-                assert run_of("llama32_3b", stage).data.replace == {"megamath_code": "megamath_translated_code"}
+            if name == "megamath_code":
                 continue
-            assert source.corpora == [build.corpora[name].adapter], name
             asked = source.weight * run_of("llama32_3b", stage).schedule.tokens
             budget = build.corpora[name].tokens
             assert budget == "all" or budget >= asked
     for corpus in build.corpora.values():
         assert not find_adapter(corpus.adapter, "adapter").refused
-    assert build.decontaminate is not None
-    assert set(build.decontaminate.against) == set(KNOWN) - {"gpqa"}
+    for path in BUILDS:
+        decontaminate = load_config(DataBuildConfig, path).decontaminate
+        assert decontaminate is not None and set(decontaminate.against) == set(KNOWN) - {"gpqa"}
