@@ -1,4 +1,4 @@
-"""Files of a corpus that are cut, empty, or there twice: refused, or told before the work."""
+"""Files that are cut, empty, there twice, or in the way of a result: refused, or told before the work."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from corpora_tools import config_of, read, write_rows
 
+from megatron_octo.config.curate import CurateConfig
+from megatron_octo.config.load import parse_config
 from megatron_octo.data.clean.files import clean_files
+from megatron_octo.data.curate.run import curate
 from megatron_octo.data.engine.build import build_data
-from megatron_octo.errors import DataError
+from megatron_octo.data.engine.jobs import render_build
+from megatron_octo.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("policy", ["strict", "skip"])
@@ -68,3 +72,50 @@ def test_empty_files_and_copies_are_told(
         clean_files(config, tmp_path / "cleaned")
         said = capsys.readouterr().err
         assert "2 files are empty" in said and f"{folder / 'a.jsonl'} = {folder / 'copy.jsonl'}" in said
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        *(("build", name) for name in ("c.bin", "c.idx", "c.docs", "tokenizer/vocab.json", "problems/notes.txt")),
+        ("slurm", "c.bin"),
+        ("dedup", "c/mine.txt"),
+        ("dedup", "removals.jsonl"),
+        *(("curate", f"{name}/mine.txt") for name in ("corpus", "judged", "classifier")),
+    ],
+)
+def test_what_is_in_the_way_of_a_result_is_not_replaced(tmp_path: Path, work: str, name: str) -> None:
+    path = write_rows(tmp_path / "in" / "a.jsonl", [{"text": "one of its texts"}])
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("somebody's")
+    config = config_of({"c": {"path": str(path)}}, deduplicate={} if work == "dedup" else None)
+    values = {"corpora": {"c": {"path": str(path)}}, "classify": {"threshold": 0.5, "model": str(path)}}
+    with pytest.raises(ConfigError, match=rf"out has {name.partition('/')[0]}, and no manifest.json"):
+        if work == "curate":
+            curate(parse_config(CurateConfig, values, "test"), out)
+        elif work == "dedup":
+            clean_files(config, out)
+        elif work == "slurm":
+            render_build(config, out, None)
+        else:
+            build_data(config, out)
+    assert _contents(out) == {name: b"somebody's"}
+
+
+@pytest.mark.timeout(60)
+def test_what_is_not_in_the_way_stays_and_an_own_result_may_be_made_again(tmp_path: Path) -> None:
+    path, out = write_rows(tmp_path / "a.jsonl", [{"text": "one of its texts"}] * 5), tmp_path / "out"
+    out.mkdir()
+    (out / "d.bin").write_text("somebody's")
+    config = config_of({"c": {"path": str(path)}})
+    build_data(config, out)
+    assert (out / "d.bin").read_text() == "somebody's"
+    pair = (out / "c.bin").read_bytes()
+    (out / "manifest.json").unlink()
+    build_data(config, out)
+    assert (out / "c.bin").read_bytes() == pair

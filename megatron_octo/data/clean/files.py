@@ -84,7 +84,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     own_files = {f"corpora.{name}": [look[path] for path in _paths(own)] for name, own in shards.items()}
     tell_remote(own_files, 4)
     tell_empty(own_files)
-    with only_writer(out) as lock, executor_of("local", workers, lock) as team:
+    with only_writer(out, [*config.corpora, _REMOVALS]) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
         finished, work, stage = claim(out, config), out / WORK, inputs_stage(seen)
         keep_revisions(out, revisions)

@@ -12,7 +12,7 @@ from megatron_octo.config.load import differences
 from megatron_octo.data.corpora.shard import Shard, list_shards, numbered
 from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, named_model, refuse_all_kept
 from megatron_octo.data.curate.client import key_of
-from megatron_octo.data.curate.judge import judge_sample
+from megatron_octo.data.curate.judge import JUDGED, judge_sample
 from megatron_octo.data.curate.parts import Curation, Part
 from megatron_octo.data.curate.prompts import Asked, asked_of
 from megatron_octo.data.curate.refine import refine_corpora
@@ -69,7 +69,7 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
     revisions = known_revisions(out)
     files, parts = _look(config, revisions)
     questions = _questions(config)
-    with only_writer(out) as lock, executor_of("local", workers, lock) as team:
+    with only_writer(out, (CORPUS, JUDGED, "classifier")) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
         curation, finished = Curation(config, out), read_json(out / MANIFEST)
         if finished is not None and not isinstance(finished, dict):

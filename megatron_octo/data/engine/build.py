@@ -7,9 +7,10 @@ killed starts again with the same command and repeats what has no record. What i
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +42,9 @@ from megatron_octo.data.engine.publish import (
     publish,
 )
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages, wait_for_tasks
+from megatron_octo.data.index.table import pair_files
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, machine_problem
-from megatron_octo.files import hash_file, hold, read_json, write_json, write_text
+from megatron_octo.files import LOCK, hash_file, hold, read_json, write_json, write_text
 
 _PATIENCE = 3.0  # seconds that workers of a killed build may take to notice
 _CLAIM = "build.json"
@@ -75,7 +77,7 @@ def build_data(
     build_world(config)
     plan, not_read = Plan(config, out), unread_files(config)
     plan.tell_inputs()
-    with only_writer(out) as lock, executor_of(executor, workers, lock) as team:
+    with only_writer(out, published(config)) as lock, executor_of(executor, workers, lock) as team:
         finish_publishing(out)
         finished = claim(out, config)
         keep_revisions(out, plan.revisions)
@@ -114,13 +116,30 @@ def build_data(
     return manifest
 
 
-def only_writer(out: Path) -> IO[str]:
+def published(config: DataBuildConfig) -> list[str]:
+    """Names of what a build puts into its directory."""
+    return ["tokenizer", "problems", *(path.name for name in config.sources for path in pair_files(Path(name)))]
+
+
+def only_writer(out: Path, publishes: Sequence[str] = ()) -> IO[str]:
     """Keep other processes from building into the same directory while the returned context is open.
 
+    Args:
+        out: the directory.
+        publishes: names of what is going to be put there.
+
     Raises:
+        ConfigError: something of these names is there, and no build of ours has been at work there.
         DataError: another process is at it.
         EnvironmentProblem: the directory cannot be made or written.
     """
+    foreign = [name for name in publishes if os.path.lexists(out / name)]
+    if foreign and not any((out / mark).exists() for mark in (MANIFEST, WORK, LOCK)):
+        raise ConfigError(
+            f"{out} has {', '.join(foreign[:6])}{' ...' if len(foreign) > 6 else ''}, and no {MANIFEST} to say whose",
+            "the result has the same names and would replace them",
+            "name another --out, or move them away",
+        )
     try:
         with ExitStack() as stack:
             lock = stack.enter_context(hold(out, _PATIENCE))

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config
 from megatron_octo.data.corpora.problems import build_world
-from megatron_octo.data.engine.build import being_written, claim, is_whole, only_writer, refuse_other
+from megatron_octo.data.engine.build import being_written, claim, is_whole, only_writer, published, refuse_other
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
 from megatron_octo.data.engine.on_slurm import SUBMITTED, render
 from megatron_octo.data.engine.plan import Plan
@@ -48,7 +48,7 @@ def render_build(config: DataBuildConfig, out: Path, workers: int | None) -> tup
     build_world(config)
     plan = Plan(config, out)
     plan.tell_inputs()
-    with only_writer(out):
+    with only_writer(out, published(config)):
         _refuse_queued(out)
         finished = claim(out, config)
         if finished is not None:
