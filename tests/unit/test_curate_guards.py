@@ -13,6 +13,7 @@ from megatron_octo.config.curate import CurateConfig
 from megatron_octo.config.load import parse_config
 from megatron_octo.data.curate.parts import random_number, read_documents
 from megatron_octo.data.curate.run import curate
+from megatron_octo.data.engine import code
 from megatron_octo.errors import DataError
 
 
@@ -97,3 +98,31 @@ def test_what_keeps_everything_is_not_refined(tmp_path: Path) -> None:
         made = curate(_config(tmp_path / "in", server, **named), tmp_path / "named")
         named["classify"] |= {"most_kept": 0.5, "least_informedness": 0.9}
         assert curate(_config(tmp_path / "in", server, **named), tmp_path / "named") == made
+
+
+def _keys(out: Path) -> dict[str, list[str]]:
+    """What the records of each stage say they are made from."""
+    stages = sorted((out / ".work" / "records").iterdir())
+    return {path.name: [json.loads(file.read_text())["made_from"] for file in sorted(path.iterdir())]
+            for path in stages}  # fmt: skip
+
+
+def test_what_other_versions_made_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade in the middle: what follows from the library is made anew, and no question is asked again."""
+    write_corpus(tmp_path / "in", 60)
+    other: dict[str, str] = {}
+    monkeypatch.setattr(code, "_version", lambda name: other.get(name, "1"))
+    with serving(either) as server:
+        train = {**settings(tmp_path)["train"], "held_out": 0.5}
+        any_will_do = {"least_informedness": -1}  # of the classifier; it sees few
+        config, keys = _config(tmp_path / "in", server, train=train, classify=any_will_do), []
+        for library in (None, "fasttext-numpy2-wheel", "zstandard"):
+            other.update({library: "2"} if library else {})
+            code.code_of.cache_clear()
+            curate(config, tmp_path / "out", "classify")
+            keys.append(_keys(tmp_path / "out"))
+    monkeypatch.undo()
+    code.code_of.cache_clear()
+    assert len(server.requests) == 60
+    assert {stage for stage in keys[0] if keys[1][stage] != keys[0][stage]} == {"train", "classify"}
+    assert {stage for stage in keys[0] if keys[2][stage] != keys[1][stage]} == {"draw", "sample", "judge", "classify"}

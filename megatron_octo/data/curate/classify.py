@@ -16,6 +16,7 @@ from megatron_octo.data.curate.normalize import normalized
 from megatron_octo.data.curate.parts import Curation, Part, all_left, left, read_shard, total, write_documents
 from megatron_octo.data.curate.sample import reading, total_accounts
 from megatron_octo.data.curate.train import Classifier
+from megatron_octo.data.engine.code import LEARNS, code_of
 from megatron_octo.data.engine.stage import Executor, Stage, advance, run_stages
 from megatron_octo.errors import DataError
 from megatron_octo.files import hash_file, replacing
@@ -40,7 +41,7 @@ def classify_corpora(curation: Curation, parts: list[Part], team: Executor) -> d
     assert config.classify is not None
     named = config.classify.model
     model = named_model(named) if named else curation.result / "classifier" / "model.bin"
-    own = {"format": FORMAT, "read": reading(curation)}
+    own = {"format": FORMAT, "read": reading(curation), "learned": code_of(LEARNS)}
     sha256 = hash_file(model)
     own |= {"model": sha256, "threshold": config.classify.threshold}
     work = partial(score_shard, curation, model, sha256)

@@ -22,6 +22,7 @@ from megatron_octo.data.curate.parts import (
 )
 from megatron_octo.data.curate.prompts import Asked, asked_of
 from megatron_octo.data.curate.sample import SAMPLE
+from megatron_octo.data.engine.code import CURATES, code_of
 from megatron_octo.data.engine.stage import Executor, Stage, calls_of, run_calls
 from megatron_octo.errors import DataError
 
@@ -79,7 +80,8 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
     asked = asked_of(judge, endpoint.model, "judge")
     # Where a shard's sample changes so does its hash; an answer is found by what was asked.
     tasks = [(part.number, part.shard, facts["sha256"]) for part, facts in zip(parts, sample["parts"], strict=True)]
-    stage = Stage(JUDGE, tasks, partial(collect, curation, asked), {"format": FORMAT, "asked": asked.as_json()})
+    own = {"format": FORMAT, "asked": asked.as_json(), "code": code_of(CURATES)}
+    stage = Stage(JUDGE, tasks, partial(collect, curation, asked), own)
     calls = calls_of(stage, curation.work)
     left_over = [place for place, call in enumerate(calls) if not all_answered(call.done(curation.work))]
     piles = [

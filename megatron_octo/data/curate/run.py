@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_octo import __version__
 from megatron_octo.config.curate import CurateConfig, Question, Step
 from megatron_octo.config.load import differences
 from megatron_octo.data.corpora.shard import Shard, list_shards, numbered
@@ -19,6 +18,7 @@ from megatron_octo.data.curate.refine import refine_corpora
 from megatron_octo.data.curate.sample import draw_sample
 from megatron_octo.data.curate.train import refuse_worthless, train_classifier
 from megatron_octo.data.engine.build import only_writer
+from megatron_octo.data.engine.code import CURATES, LEARNS, code_of
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.inputs import InputFile, inputs_stage, lines_of, look_at, refuse_change, versions
 from megatron_octo.data.engine.publish import (
@@ -52,8 +52,8 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
 
     Raises:
         ConfigError: a setting is not allowed, the directory holds another curation, or there is no key.
-        DataError: an input is missing or broken, changes meanwhile, or nothing is kept; the judge cannot be read, or the
-            classifier chooses nothing.
+        DataError: an input is missing or broken, changes meanwhile, or nothing is kept; the judge cannot be read, or
+            the classifier chooses nothing.
         EnvironmentProblem: an endpoint is down or refuses what it is asked.
         StageFailed: a worker process was killed.
     """
@@ -217,4 +217,5 @@ def _manifest(
             ),
             "look at classify.threshold, and at answers/",
         )
-    return {"code_version": __version__, "settings": settings, "inputs": inputs, "steps": found, "files": files}
+    made_by = code_of(tuple(dict.fromkeys(CURATES + LEARNS)))
+    return {"versions": made_by, "settings": settings, "inputs": inputs, "steps": found, "files": files}

@@ -28,6 +28,7 @@ from megatron_octo.data.curate.parts import (
     total,
     write_documents,
 )
+from megatron_octo.data.engine.code import CURATES, code_of
 from megatron_octo.data.engine.inputs import look_at, versions
 from megatron_octo.data.engine.stage import Executor, Stage, advance, run_stages
 from megatron_octo.errors import DataError
@@ -78,13 +79,13 @@ def draw_sample(curation: Curation, parts: list[Part], team: Executor) -> dict[s
 
 
 def reading(curation: Curation) -> dict[str, Any]:
-    """What the documents of the corpora follow from, besides the files."""
+    """What the documents of the corpora follow from, besides the files, and what is written of them."""
     config = curation.config
     settings = config.model_dump(mode="json", include={"corpora", "on_bad_line", "problems", "seed"})
     paths = [input_path(file, where) for where, file in config.problem_files.items() if "heldout" in where]
     seen = [look_at(str(path)) for path in paths]
     heldout = versions(seen, {str(path): hash_file(path) for path in paths})
-    return {**settings, "heldout": list(heldout.values())}
+    return {**settings, "heldout": list(heldout.values()), "code": code_of(CURATES)}
 
 
 def total_accounts(facts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_octo.data.curate.fit import NO_WORDS, NOT_A_NUMBER
 from megatron_octo.data.curate.judge import JUDGED
 from megatron_octo.data.curate.normalize import normalized
 from megatron_octo.data.curate.parts import Curation, Part, left, random_number, read_documents
+from megatron_octo.data.engine.code import LEARNS, code_of
 from megatron_octo.data.engine.stage import Executor, Stage, run_stages
 from megatron_octo.errors import DataError, StageFailed
 from megatron_octo.files import hash_file, replacing, write_json
@@ -38,7 +39,7 @@ def train_classifier(curation: Curation, parts: list[Part], judged: dict[str, An
     train, judge = curation.config.train, curation.config.judge
     assert train is not None and judge is not None
     made_from = {"format": FORMAT, "train": train.model_dump(mode="json"), "positive_from": judge.positive_from}
-    made_from |= {"seed": curation.config.seed, "threshold": _threshold(curation)}
+    made_from |= {"seed": curation.config.seed, "threshold": _threshold(curation), "code": code_of(LEARNS)}
     hashes = [facts["sha256"] for facts in judged["parts"]]
     stage = Stage(TRAIN, [hashes], partial(learn, curation, [part.number for part in parts]), made_from)
     report = run_stages([stage], curation.work, team)[TRAIN][0]

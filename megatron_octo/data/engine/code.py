@@ -15,6 +15,11 @@ CLEANS = (*_READS, "datatrove", "xxhash")
 TOKENISES = (*_READS, "tokenizers", "sentencepiece")
 """Libraries whose change can change which tokens a text becomes."""
 
+CURATES = (*CLEANS, "zstandard")
+"""Libraries whose change can change which documents a curation draws and keeps, and the bytes they are written in."""
+LEARNS = ("numpy", "xxhash", "fasttext-numpy2-wheel")
+"""Libraries whose change can change what a classifier learns, and what it finds."""
+
 
 @lru_cache
 def code_of(libraries: tuple[str, ...] = tuple(dict.fromkeys(CLEANS + TOKENISES))) -> dict[str, str]:
