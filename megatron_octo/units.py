@@ -45,9 +45,10 @@ def parse_tokens(value: object) -> int:
 
 def format_tokens(count: int) -> str:
     """Write a token count briefly, three significant digits: 1048576 -> '1.05M'."""
+    rounded = float(f"{count:.3g}")  # before a suffix is chosen: 999_999_000 is 1B
     for suffix in ("T", "B", "M", "K"):
-        if count >= _TOKEN_SUFFIX[suffix]:
-            return f"{count / _TOKEN_SUFFIX[suffix]:.3g}{suffix}"
+        if rounded >= _TOKEN_SUFFIX[suffix]:
+            return f"{rounded / _TOKEN_SUFFIX[suffix]:.4g}{suffix}"
     return str(count)
 
 

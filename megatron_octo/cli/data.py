@@ -103,13 +103,14 @@ def work(
 
 @app.command("inspect")
 def inspect(prefix: Path, as_json: AsJson = False) -> None:
-    """Check an indexed dataset and show what it holds.
+    """Check an indexed dataset and show what it holds; of a finished build's directory, list its datasets.
 
     Example: octo data inspect data/web
     """
     from megatron_octo.data.index.inspect import inspect as look
+    from megatron_octo.data.index.inspect import list_pairs
 
-    print_facts(look(prefix), as_json)
+    print_facts(list_pairs(prefix) or look(prefix), as_json)
 
 
 @app.command("verify")

@@ -256,6 +256,10 @@ def test_a_build_says_what_it_made_of_each_source_and_what_it_left_out(octo: Oct
         f"vocabulary {made['tokenizer']['rows']} (my d/tokenizer)",
         "next: octo data inspect 'my d/text'; octo data report 'my d'; octo data verify 'my d'",
     ]
+    listed = json.loads(octo("data", "inspect", "my d", "--json")[1])
+    assert listed["pairs"] == [{"prefix": "my d/text", "documents": 3, "tokens": tokens}]
+    looked = octo("data", "inspect", "my d/text")[1]
+    assert "not compared" not in looked and looked.index("samples ") < looked.index("sha256")
     facts = json.loads(octo("data", "verify", "my d", "--json")[1])
     assert facts["whole"] and facts["sources"] == {"text": {"documents": 3, "tokens": tokens}}
     assert "\ndone: nothing, for the directory was finished and whole\nnext: " in octo(*again)[1]

@@ -299,6 +299,8 @@ def test_token_counts() -> None:
         with pytest.raises(ValueError):
             parse_tokens(bad)
     assert [format_tokens(count) for count in (999, 1_048_576, 20 * 10**9)] == ["999", "1.05M", "20B"]
+    assert [format_tokens(count) for count in (999_997_440, 999_999, 999_400)] == ["1B", "1M", "999K"]
+    assert [format_tokens(count) for count in (0, 5_000 * 10**12)] == ["0", "5000T"]
     assert [format_duration(seconds) for seconds in (5, 75, 5400)] == ["5s", "1m15s", "1h30m"]
 
 

@@ -57,6 +57,9 @@ def test_read_back(pair: Path) -> None:
     assert facts["documents"] == 50 and facts["dtype"] == "uint16"
     assert facts["bytes"] == 2 * facts["tokens"] == 2 * len(index.all_tokens())
     assert [sample["ids"] for sample in facts["samples"]] == _documents(50, 500)[::49]
+    assert facts["checked"].endswith("; hashes were not compared, for there is no manifest.json beside the pair")
+    (pair.parent / "manifest.json").write_text('{"sources": {"other": {}}}')
+    assert inspect(pair)["checked"].endswith("; hashes were not compared, for the manifest does not list pair")
 
 
 def _cut(path: Path, size: int) -> None:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from megatron_octo.cli.root import app
 from megatron_octo.data.engine.build import build_data
-from megatron_octo.data.report.cleaning import accounts_section, mark_common
+from megatron_octo.data.mix.ledger import find_document
+from megatron_octo.data.report.cleaning import accounts_section, mark_common, removed_section
 from megatron_octo.data.report.facts import build_facts
 from megatron_octo.data.report.figures import source_colours
 from megatron_octo.data.report.lengths import length_histogram
@@ -149,6 +150,35 @@ def test_what_was_not_asked_is_said_and_not_drawn_as_zero(tmp_path: Path) -> Non
     accounts = page.split('id="accounts"')[1].split("<section")[0]
     assert "<td>0</td>" in accounts, "nothing was skipped, and that is known"
     assert accounts.count("not sought") == 2 * 3 and "<svg" not in accounts
+
+
+def test_a_document_that_stays_says_how_much_would_have_been_a_leak(written: tuple[dict[str, Any], str]) -> None:
+    facts = written[0]
+    one = {**facts["cleaning"]["examples"]["leak"][0], "agrees": "9 of 30 words in a row, 48% of its n-grams"}
+    for reason, said in (
+        ("numbers", "where numbers differ, 90% make a leak (changed_numbers)"),
+        ("same", "33% make a leak (coverage), and so do 30 words in a row (quoted_words) or 45% of"),
+    ):
+        cleaning = {**facts["cleaning"], "touched": 1, "touched_examples": [{**one, "reason": reason}]}
+        shown_now = removed_section(Facts({**facts, "cleaning": cleaning}), source_colours(facts))
+        assert f"kept, 9 of 30 words in a row, 48% of its n-grams; {said}" in shown_now
+
+
+def test_a_document_that_was_left_out_is_known_to_be(built: Path) -> None:
+    sources = {"mine": built / "web", "qa": built / "qa"}
+    for name, said in (
+        ("web/web.jsonl:6", "left it out: near duplicate of web/web.jsonl:2"),
+        ("web/web.jsonl:5", "left it out: exact duplicate of web/web.jsonl:1"),
+        ("web/web.jsonl:3", "left it out: leak of made/"),
+        ("qa/qa.jsonl:2", "left it out: not JSON"),
+        ("web/web.jsonl:99", "left out 1 exact duplicate, 2 leak, 1 near duplicate, without a list of them all; fix: "),
+        ("web/web.jsonl:99", f"look at examples: octo data report {built}"),
+        ("other/x.jsonl:1", "no source holds a document 'other/x.jsonl:1'; the tables of mine, qa were"),
+    ):
+        with pytest.raises(DataError) as caught:
+            find_document(name, sources)
+        assert said in str(caught.value), str(caught.value)
+    assert find_document("web/web.jsonl:2", sources) == [("mine", 1)]
 
 
 def test_accounts_that_do_not_add_up_are_shown(written: tuple[dict[str, Any], str]) -> None:

@@ -83,7 +83,7 @@ def measure(
             touched = index.touched(batch[number]) if number in suspects else []
             found = any(map(index.is_leak, touched))
             count = seen[document.kind, document.question.id.partition("/")[0]]
-            count.update(planted=1, found=found, any=bool(touched))
+            count.update(planted=1, found=int(found), any=int(bool(touched)))  # a lone bool would stay one
             if found != document.leak and len(wrong[document.kind]) < _MISSES:
                 wrong[document.kind].append({"question": document.question.id, "text": document.text[:400]})
     return {

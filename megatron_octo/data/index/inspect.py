@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.data.index.encode import Encoder, load_encoder
-from megatron_octo.data.index.pairs import Index, check_present, stretches
+from megatron_octo.data.index.pairs import Index, bin_path, check_present, stretches
 from megatron_octo.data.index.table import DocumentTable, docs_path
 from megatron_octo.data.index.verify import verify_pair
 from megatron_octo.data.index.writer import largest_token
@@ -31,7 +31,7 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
         documents, tokens, dtype, bytes, largest_token, shortest and longest document; `tokenizer`, `settings`, `code`,
         `versions`, `inputs` and `source` from the manifest beside it, where there is one; `frequent`: the most
         frequent tokens as text, count and share; `samples`: documents as place, id and text (token ids where there is
-        no tokenizer); `checked`: what was compared with what.
+        no tokenizer); `checked`: what was compared with what, and what was not.
 
     Raises:
         DataError: the pair is missing, damaged, or not as its manifest says.
@@ -54,17 +54,42 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
         "shortest": shortest,
         "longest": longest,
     }
+    told["samples"] = [show_document(index, place, encoder) for place in spread_places(index.documents, first)]
+    told["frequent"] = frequent_tokens(counts, encoder, _FREQUENT)
     if facts is not None:
-        told |= {name: made[name] for name in ("code", "versions", "tokenizer")}
         told |= {"settings": made["settings"].get("index"), "source": facts}
         told["inputs"] = made["inputs"].get(f"corpora.{prefix.name}")
-    told["frequent"] = frequent_tokens(counts, encoder, _FREQUENT)
-    told["samples"] = [show_document(index, place, encoder) for place in spread_places(index.documents, first)]
+        told |= {name: made[name] for name in ("tokenizer", "versions", "code")}
     against = ["the index"]
     against += [f"{rows} rows of the tokenizer"] if rows else []
     against += ["the manifest's hashes"] if facts is not None else []
     told["checked"] = f"every token against {', '.join(against)}"
+    if facts is None:
+        why = f"the manifest does not list {prefix.name}" if manifest else "there is no manifest.json beside the pair"
+        told["checked"] += f"; hashes were not compared, for {why}"
     return told
+
+
+def list_pairs(directory: Path) -> dict[str, Any] | None:
+    """What the manifest of a finished build lists; None where a path is no such directory.
+
+    Returns:
+        directory, documents, tokens, `pairs`: prefix, documents and tokens of each, and `checked`: nothing is.
+    """
+    manifest = read_json(directory / "manifest.json") if directory.is_dir() else None
+    if not isinstance(manifest, dict) or "sources" not in manifest or bin_path(directory).exists():
+        return None
+    return {
+        "directory": str(directory),
+        "documents": manifest["documents"],
+        "tokens": manifest["tokens"],
+        "pairs": [
+            {"prefix": str(directory / name), "documents": facts["documents"], "tokens": facts["tokens"]}
+            for name, facts in manifest["sources"].items()
+        ],
+        "checked": "nothing: these are the manifest's words; octo data inspect PREFIX looks at a pair, "
+        "octo data verify at all files",
+    }
 
 
 def _encoder(prefix: Path, tokenizer: Path | None, made: dict[str, Any]) -> Encoder | None:

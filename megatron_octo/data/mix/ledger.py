@@ -13,6 +13,7 @@ from megatron_octo.data.index.table import DocumentTable, docs_path
 from megatron_octo.data.mix.epochs import Epochs
 from megatron_octo.data.mix.order import order
 from megatron_octo.errors import DataError
+from megatron_octo.files import read_json
 
 
 def windows_of_document(epochs: Epochs, index: Index, document: int) -> np.ndarray:
@@ -88,11 +89,45 @@ def find_document(name: str, sources: dict[str, Path]) -> list[tuple[str, int]]:
     if found:
         return found
     example = DocumentTable(next(iter(tables.values()))).id_of(0)
+    _refuse_left_out(name, sources)
     raise DataError(
         f"no source holds a document {name!r}",
         f"the tables of {', '.join(tables)} were looked through; an id reads like {example}",
         "check the id: octo data inspect PREFIX shows some",
     )
+
+
+def _refuse_left_out(name: str, sources: dict[str, Path]) -> None:
+    """Check whether a build says that it left a document out: its manifest names the first few, and counts all.
+
+    Raises:
+        DataError: it names this one; or it left out documents of this corpus, and this may be one of them.
+    """
+    corpus, _, place = name.partition("/")
+    for prefix in sources.values():
+        manifest = read_json(prefix.parent / "manifest.json")
+        facts = manifest.get("sources", {}).get(prefix.name) if isinstance(manifest, dict) else None
+        if prefix.name != corpus or facts is None:
+            continue
+        account, examples = facts.get("accounts", {}), (manifest.get("cleaning") or {}).get("examples", {})
+        named = [
+            f"{reason.replace('_', ' ')} of {one['other']}"
+            for reason, several in examples.items()
+            for one in several
+            if one["document"] == name
+        ]
+        named += [line.removeprefix(f"{place}: ") for line in account.get("first", []) if line.startswith(f"{place}: ")]
+        if named:
+            raise DataError(f"no source holds the document {name!r}", f"{prefix.parent} left it out: {named[0]}")
+        counts = {**account.get("skipped", {}), **account.get("removed", {})}
+        counts |= {"beyond its token budget": facts.get("beyond_budget", {}).get("documents", 0)}
+        left = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items() if count)
+        if left:
+            raise DataError(
+                f"no source holds a document {name!r}",
+                f"of {corpus} the build in {prefix.parent} left out {left}, without a list of them all",
+                f"check the id, or look at examples: octo data report {prefix.parent}",
+            )
 
 
 def id_of(prefix: Path, place: int) -> str | None:

@@ -105,7 +105,7 @@ def removed_section(show: Facts, colours: dict[str, str]) -> str:
         parts.append(
             f"<h3>Kept: like a question, but not enough</h3><p class='small'>{show('cleaning/touched', 'count')} "
             "documents share some n-grams with a question and stay. Examples:</p>"
-            + "".join(map(_beside, cleaning["touched_examples"]))
+            + "".join(_beside(one, _enough(one, cleaning["decontaminate"])) for one in cleaning["touched_examples"])
         )
     return "".join(parts)
 
@@ -137,12 +137,20 @@ def _leaks_by_benchmark(cleaning: dict[str, Any], colours: dict[str, str]) -> st
     return "<h3>Documents that give a question away</h3>" + table(["corpus", "compared", *benchmarks], rows)
 
 
-def _beside(removal: dict[str, Any]) -> str:
-    """A removal and what it equals; what both have in common is underlined."""
+def _enough(kept: dict[str, Any], limits: dict[str, Any]) -> str:
+    """How much of a question would have been enough, by the rule that came nearest."""
+    if kept["reason"] == "numbers":
+        return f"; where numbers differ, {limits['changed_numbers']:.0%} make a leak (changed_numbers)"
+    row = f"{limits['quoted_words']} words in a row (quoted_words) or {limits['quoted'] or 0:.0%} of its words (quoted)"
+    return f"; {limits['coverage']:.0%} make a leak (coverage)" + (f", and so do {row}" if limits["quoted"] else "")
+
+
+def _beside(removal: dict[str, Any], enough: str = "") -> str:
+    """A removal and what it equals, common words underlined; of a document that stays, what would have been enough."""
     excerpt, equals, reason = removal["excerpt"], removal["equals"], removal["reason"]
     same = reason in (EXACT, NEAR)
     agrees = removal.get("agrees")
-    gone = ("removed" if reason in REASONS else "kept") + (f", {shown(agrees)}" if agrees else "")
+    gone = ("removed" if reason in REASONS else "kept") + (f", {shown(agrees)}{enough}" if agrees else "")
     other = f"<pre>{mark_common(equals, excerpt)}</pre>" if equals else absent(f"not shown: {removal['absent']}")
     left = mark_common(excerpt, equals) if equals else shown(excerpt)
     return (
