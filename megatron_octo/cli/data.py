@@ -56,6 +56,7 @@ def build(
     """Generate or read corpora, tokenise, and write indexed datasets with a manifest.
 
     Killed at any moment, it goes on when given again; the result does not depend on workers and executor.
+    recipes/builds/minimal.yaml, which comes with the package, shows the keys of the file, each explained.
 
     Example: octo data build mix.yaml --out data --workers 8
     """

@@ -20,7 +20,8 @@ def forecast(
 ) -> None:
     """Show what a run file or a mixture takes from each source, before anything runs: tokens, passes, exhaustion.
 
-    Sizes are those of the indexed data where it is there, else those the corpora are published with.
+    Sizes are those of the indexed data where it is there, else those the corpora are published with. How a run changes
+    its mixture on the way (data.phases) is shown at the end of recipes/mixtures/stable.yaml.
 
     Example: octo data forecast recipes/mixtures/long.yaml --tokens 20B
     """

@@ -11,10 +11,13 @@ from typing import Any, get_args, get_origin
 import pytest
 import yaml
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
+from megatron_octo.cli.root import app
 from megatron_octo.config.data import Corpus, DataBuildConfig, TokenizerConfig, TrainTokenizer
-from megatron_octo.config.load import load_config, read_yaml
-from megatron_octo.config.recipes import RECIPES
+from megatron_octo.config.load import load_config, parse_config, read_yaml
+from megatron_octo.config.mixture import DataConfig
+from megatron_octo.config.recipes import RECIPES, find_recipe
 from megatron_octo.config.run import RunConfig
 from megatron_octo.data.clean.questions import KNOWN
 from megatron_octo.data.corpora.registry import find_adapter
@@ -252,6 +255,45 @@ def test_what_is_validated_on_is_not_trained_on(tmp_path: Path) -> None:
     changes = {"corpora": kept, "tokenizer": trained, "decontaminate": None}
     sources = build_data(build.model_copy(update=changes), tmp_path / "out", 1)["sources"]
     assert {name: facts["documents"] for name, facts in sources.items()} == {held[0]: 1, trained_on: 19}
+
+
+def uncommented(path: Path, first: str, last: str) -> str:
+    """A file with the mark of a comment taken away from some of its lines: the first, the last, and those between."""
+    lines = path.read_text().splitlines()
+    start = next(place for place, line in enumerate(lines) if line.lstrip().startswith(f"# {first}"))
+    end = next(place for place, line in enumerate(lines) if place >= start and last in line)
+    return "\n".join(line.replace("# ", "", 1) if start <= place <= end else line for place, line in enumerate(lines))
+
+
+OFTEN_WANTED = [("corpora: [", "["), ("fields:", "}"), ("gsm8k:", "rendering"), ("mine:", "}"), ("eos_token", ":")]
+
+
+def test_the_minimal_build_shows_its_keys_and_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = RECIPES / "builds" / "minimal.yaml"
+    lines = path.read_text().splitlines()
+    silent = [line.strip() for line in lines if re.match(r" *\w+:", line) and " #" not in line]
+    assert silent == ["train:", "corpora:", "against:"] and max(map(len, lines)) <= 120
+    for first, last in OFTEN_WANTED:
+        parse_config(DataBuildConfig, yaml.safe_load(uncommented(path, first, last)), first)
+    given = yaml.safe_load(uncommented(path, "path: checkpoints", "path"))
+    del given["tokenizer"]["train"]
+    assert parse_config(DataBuildConfig, given, "path").tokenizer.path == "checkpoints/tokenizer"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OCTO_CORPORA", str(tmp_path))
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text("".join(json.dumps({"text": f"page {n % 9}"}) + "\n" for n in range(12)))
+    manifest = build_data(load_config(DataBuildConfig, path), tmp_path / "out", 1)
+    assert manifest["sources"]["web"]["documents"] == 9
+    shown = CliRunner().invoke(app, ["data", "build", "--help"], env={"COLUMNS": "120"}).output
+    assert "recipes/builds/minimal.yaml" in shown and find_recipe(Path("recipes/builds/minimal.yaml"), "builds") == path
+
+
+def test_a_change_of_the_mixture_is_shown() -> None:
+    values = yaml.safe_load(uncommented(RECIPES / "mixtures" / "stable.yaml", "phases:", "numinamath_1_5"))
+    data = parse_config(DataConfig, {"tokenizer": "t", "sequence_length": 8192, **values["data"]}, "phases")
+    (_, before), (window, after) = data.mixtures
+    assert (window * 8192 - 150 * 10**9) in range(8192) and after.keys() & before.keys() == {"megamath_web_pro_max"}
 
 
 def test_budgets_suffice_and_every_corpus_can_be_read() -> None:
