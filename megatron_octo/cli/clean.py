@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,20 +124,27 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 def _corpora(paths: list[str], adapter: str, fields: list[str] | None, skip_bad: bool) -> dict[str, Any]:
     """The configuration of a build that ends before the tokens: it has a tokenizer that nobody asks for."""
     renamed = dict(_pair(text, "--field") for text in fields or [])
+    given = [re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_-]*)=(.+)", text) for text in paths]
+    names = [match[1] for match in given if match]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name}= names two of the paths", "the results lie side by side", "name them apart")
     corpora: dict[str, dict[str, Any]] = {}
-    for text in paths:
-        given = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_-]*)=(.+)", text)
-        path = given[2] if given else text
-        stem = re.sub(r"\W+", "_", Path(path.rstrip("/*")).name.partition(".")[0]).strip("_") or "files"
-        name, count = given[1] if given else stem, 2
-        while name in corpora:
-            name, count = f"{stem}-{count}", count + 1
+    for text, match in zip(paths, given, strict=True):
+        name, path = (match[1], match[2]) if match else (_made_up(text, {*names, *corpora}), text)
         corpora[name] = {"path": path, "adapter": adapter, "fields": renamed}
     return {
         "tokenizer": {"train": {"vocabulary_size": 300}},
         "corpora": corpora,
         "on_bad_line": "skip" if skip_bad else "strict",
     }
+
+
+def _made_up(path: str, taken: set[str]) -> str:
+    """A name for what is at a path: of its last part what a name may have, with a number where that is taken."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(path.rstrip("/*")).name.partition(".")[0]).strip("_") or "files"
+    numbered = (f"{stem}-{count}" for count in itertools.count(2))
+    return next(name for name in itertools.chain([stem], numbered) if name not in taken)
 
 
 def _clean(values: dict[str, Any], out: Path, workers: int | None, as_json: bool, show_recall: bool = False) -> None:

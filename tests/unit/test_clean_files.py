@@ -167,3 +167,23 @@ def test_measure_prints_and_writes_the_table(tmp_path: Path) -> None:
     ):
         refused = _octo(*arguments).exception
         assert isinstance(refused, OctoError) and message in str(refused), (arguments, refused)
+
+
+@pytest.mark.timeout(60)
+def test_paths_of_the_command_line_get_names_and_count_once(tmp_path: Path) -> None:
+    names = ["web", "part_0002_\u00fcn\u00ef", "\u6587\u66f8", "\u6587", "_", "a b"]
+    paths = [tmp_path / f"{name}.jsonl" for name in names]
+    for number, path in enumerate(paths):
+        path.write_text(f'{{"text": "text number {number}"}}\n')
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "web.jsonl").write_text('{"text": "another"}\n')
+    done = _octo("dedup", *paths, f"web={tmp_path}/x", "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.exception
+    made = ["web-2", "part_0002_n", "files", "files-2", "files-3", "a_b", "web"]
+    assert list(json.loads(done.stdout)["accounts"]) == made
+    for twice in ([f"a={paths[0]}", f"b={paths[0]}"], [paths[0], paths[0]], [paths[0], f"{tmp_path}/./web.jsonl"]):
+        found = _octo("dedup", *twice, "--out", tmp_path / "twice")
+        assert isinstance(found.exception, DataError) and "both read" in found.exception.what
+    found = _octo("dedup", f"a={paths[0]}", f"a={paths[1]}", "--out", tmp_path / "twice")
+    assert isinstance(found.exception, ConfigError) and "a= names two of the paths" in found.exception.what
+    assert not (tmp_path / "twice").exists()

@@ -21,7 +21,7 @@ from megatron_octo.data.corpora.files import input_path, unread_files
 from megatron_octo.data.corpora.lines import numbered_lines, open_input
 from megatron_octo.data.corpora.read import Accounts
 from megatron_octo.data.corpora.rows import numbered_rows
-from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards, numbered
+from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards, numbered, refuse_shared_files
 from megatron_octo.data.engine.build import claim, only_writer, refuse_other
 from megatron_octo.data.engine.executors import executor_of
 from megatron_octo.data.engine.inputs import (
@@ -73,6 +73,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     out = out.absolute()
     revisions = known_revisions(out)
     shards = {name: list_shards(config, name, revisions) for name in config.corpora}
+    refuse_shared_files(config, shards)
     not_read = unread_files(config)
     benchmarks = config.decontaminate.against.items() if config.decontaminate else ()
     paths = [shard.path for own in shards.values() for shard in own]
