@@ -31,18 +31,28 @@ def corpora(
     from megatron_octo.data.corpora.registry import ADAPTERS, describe, find_adapter
 
     if name is not None:
-        print_facts(describe(find_adapter(name, "NAME")), as_json)
+        facts = describe(find_adapter(name, "NAME"))
+        print_facts(facts if as_json else {key: value for key, value in facts.items() if value}, as_json)
     elif as_json:
         print_json({known: describe(adapter) for known, adapter in ADAPTERS.items()})
     else:
+        typer.echo(_CORPORA.format("name", "tokens", "form", "access", "published as"))
         for adapter in ADAPTERS.values():
             typer.echo(_line(describe(adapter)))
+        typer.echo(_LEGEND)
+
+
+_CORPORA = "{:26} {:>8}  {:10} {:8} {}"
+_LEGEND = """
+tokens: - not known; ? remembered, not read from what is published
+form: - whatever files hold it, jsonl(.gz, .zst) or parquet
+access: gated: its owner is asked on its page of the hub; refused: no text as published, octo data corpora NAME says why"""
 
 
 def _line(facts: dict[str, Any]) -> str:
     access = "refused" if facts["refused"] else "gated" if facts["gated"] else ""
     columns = (facts["name"], facts["tokens"] or "-", facts["form"] or "-", access, facts["hub"] or facts["title"])
-    return "{:26} {:>8}  {:10} {:8} {}".format(*columns).rstrip()
+    return _CORPORA.format(*columns).rstrip()
 
 
 @app.command("build")

@@ -210,11 +210,17 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 def test_corpora_are_shown(octo: Octo) -> None:
     code, out, err = octo("data", "corpora")
     assert (code, err) == (0, "")
-    lines = {line.split()[0]: line for line in out.splitlines()}
+    table, _, legend = out.partition("\n\n")
+    header, *rows = table.splitlines()
+    lines = {line.split()[0]: line for line in rows}
+    assert header.split() == ["name", "tokens", "form", "access", "published", "as"]
+    assert all(f"{word} " in legend for word in ("-", "?", "gated:", "refused:"))
     assert len(lines) > 25 and lines["mathpile"].split()[1:] == ["9.5B", "?", "jsonl.gz", "gated", "GAIR/MathPile"]
     assert "refused" in lines["megamath-code"]
     code, out, _ = octo("data", "corpora", "openr1-math-220k")
     assert code == 0 and "open-r1/OpenR1-Math-220k" in out and "Apache-2.0" in out and "verified and complete" in out
+    told = octo("data", "corpora", "text")[1]
+    assert "None" not in told and all(len(line.split()) > 1 for line in told.splitlines())
     found = json.loads(octo("data", "corpora", "--json")[1])
     assert set(found) == set(lines) and found["finemath-4plus"]["files"] == "finemath-4plus/*.parquet"
     assert json.loads(octo("data", "corpora", "wildchat", "--json")[1])["fields"]["model"] == "required"
