@@ -43,7 +43,8 @@ BROKEN = {
     b'{"text": "a\0b"}': "it holds a NUL byte, byte 12 of the line",
     b'{"text": "\\ud800"}': "it holds half of a surrogate pair",
     b'{"text": "one", "n": {"text": 1}, "text": "two"}': "field 'text' stands twice",
-    b'{"text": "x", "score": NaN}': "not JSON",
+    b'{"text": "x", "score": NaN}': "not JSON (NaN is not JSON)",
+    b'{"text": "x", "score": -1e999}': "not JSON (-1e999 is too large)",
     b"[" * 100_000: "not JSON",
 }  # fmt: skip
 
