@@ -8,7 +8,6 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import IO, Any
 
 import orjson
@@ -185,20 +184,17 @@ def _what_is_wrong(line: bytes, error: ValueError) -> BadRecord:
         return BadRecord("it holds a NUL byte", f", byte {line.index(0) + 1} of the line")
     odd: list[str] = []  # what Python's json writes and reads, and JSON does not know
     try:
-        json.loads(line.decode("utf-8"), parse_constant=odd.append, parse_float=partial(_note_large, odd))
+        json.loads(
+            line.decode("utf-8"),
+            parse_constant=lambda name: odd.append(f"{name} is not JSON"),
+            parse_float=lambda number: odd.append(f"{number[:20]} is too large") if math.isinf(float(number)) else None,
+        )
     except UnicodeDecodeError as wrong:
         return BadRecord("not UTF-8", f" at byte {wrong.start + 1} of the line")
     except (ValueError, RecursionError) as wrong:
         return BadRecord("not JSON", f" ({wrong})")
     if odd:
-        return BadRecord(
-            "not JSON", f" ({odd[0][:40]} {'is too large a number' if odd[0][-1].isdigit() else 'is not JSON'})"
-        )
+        return BadRecord("not JSON", f" ({odd[0]})")
     if "surrogate" in str(error):
         return BadRecord("it holds half of a surrogate pair")
     return BadRecord("not JSON", f" ({error})")
-
-
-def _note_large(odd: list[str], number: str) -> None:
-    if math.isinf(float(number)):
-        odd.append(number)
