@@ -67,7 +67,8 @@ class TokenizerConfig(Strict):
 
     train: TrainTokenizer | None = None
     path: str | None = Field(
-        default=None, description="directory with tokenizer.json or tokenizer.model, or a SentencePiece file *.model"
+        default=None,
+        description="directory of tokenizer.json or tokenizer.model, this file, or a SentencePiece file *.model",
     )
 
     @model_validator(mode="after")

@@ -283,6 +283,51 @@ def test_given_tokenizer_is_taken_over(built: Path, tmp_path: Path) -> None:
         build_data(_config(tmp_path, tokenizer={"path": str(tmp_path / "nowhere")}), tmp_path / "other")
 
 
+def test_a_tokenizer_file_stands_for_its_directory(built: Path, tmp_path: Path) -> None:
+    given = {"path": str(built / "data" / "tokenizer" / "tokenizer.json")}
+    build_data(_config(tmp_path, tokenizer=given, world={}, problems={}), tmp_path / "data")
+    assert _files(tmp_path / "data" / "tokenizer") == _files(built / "data" / "tokenizer")
+    with pytest.raises(DataError, match="nowhere/tokenizer.json does not exist"):
+        build_data(_config(tmp_path, tokenizer={"path": str(tmp_path / "nowhere/tokenizer.json")}), tmp_path / "other")
+
+
+def test_a_tokenizer_smaller_than_asked_for_is_told(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = {"train": {"vocabulary_size": 2000}}
+    manifest = build_data(_config(tmp_path, tokenizer=trained, world={}, problems={}), tmp_path / "data")
+    found = manifest["tokenizer"]["vocabulary"]
+    assert found < 2000
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "fewer" in line]
+    assert said.startswith(f"octo: note: the tokenizer has {found} entries, fewer than tokenizer.train.voc")
+    assert "vocabulary_size = 2,000:" in said and said.endswith(f"model.vocabulary: {found}")
+    build_data(
+        _config(tmp_path, tokenizer={"train": {"vocabulary_size": found}}, world={}, problems={}), tmp_path / "b"
+    )
+    assert "fewer" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_loses_line_breaks_is_told(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a few words of text, and 2 + 2 = 4"] * 9), model_prefix=str(tmp_path / "eats"),
+        vocab_size=300, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    said = []
+    for number, given in enumerate((tmp_path / "eats.model", built / "data" / "tokenizer")):
+        config = _config(tmp_path, tokenizer={"path": str(given)}, world={}, problems={})
+        build_data(config, tmp_path / f"data{number}")
+        said.append([line for line in capsys.readouterr().err.splitlines() if "loses" in line])
+    ((line,), nothing) = said
+    assert (
+        f"note: {tmp_path / 'eats.model'} loses" in line and "comes back as 'Question: what is 2 + 2? Answer: 4" in line
+    )
+    assert nothing == []
+
+
 def test_a_tokenizer_is_known_again_by_what_decides_tokens(built: Path, tmp_path: Path) -> None:
     """As the manifest states it, in a directory with other things, and with a chat template more; no other one is."""
     pairs, mine = {"data.mixture.web": built / "data" / "web"}, tmp_path / "mine"

@@ -42,6 +42,7 @@ from megatron_octo.data.engine.publish import (
     publish,
 )
 from megatron_octo.data.engine.stage import FILES, Executor, run_stages, wait_for_tasks
+from megatron_octo.data.engine.tokenizer import tell_smaller
 from megatron_octo.data.index.table import pair_files
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, machine_problem
 from megatron_octo.files import LOCK, hash_file, hold, read_json, write_json, write_text
@@ -104,6 +105,7 @@ def build_data(
                 f"delete {out / MANIFEST} and start again, which makes all of it anew",
             )
         plan.refuse_changes()
+        tell_smaller(config, facts[TOKENIZER][0]["vocabulary"])
         joined = zip(config.sources, facts[JOIN], strict=True)
         sources = {name: found or finished["sources"][name] for name, found in joined}
         cleaning = clean_facts(config, facts, plan.shards)

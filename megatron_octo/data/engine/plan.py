@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_octo.config.data import DataBuildConfig, expand_path
+from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.data.clean.questions import benchmark_file
 from megatron_octo.data.clean.stages import REMOVALS, clean_stages
 from megatron_octo.data.corpora.files import input_path
@@ -44,6 +44,7 @@ from megatron_octo.data.engine.tasks import (
     tokenise,
     watch,
 )
+from megatron_octo.data.engine.tokenizer import given_tokenizer, tell_lossy
 from megatron_octo.data.index.digest import tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.files import hash_json, write_json
@@ -83,13 +84,14 @@ class Plan:
         self.build = Build(located(config, paths), out)
 
     def tell_inputs(self) -> None:
-        """Say what becomes of inputs that are not on this machine, and which are empty."""
+        """Say what becomes of inputs that are not here, which are empty, and what a given tokenizer loses."""
         config = self.build.config
         times = 2 + (config.tokenizer.train is not None)
         times += 1 + (config.deduplicate is not None) if config.deduplicate or config.decontaminate else 0
         files = {where: own.values() for where, own in self.files.items()}
         tell_remote(files, times)
         tell_empty(files)
+        tell_lossy(config)
 
     def save(self, path: Path) -> None:
         """Write what the inputs look like, for processes that shall not all look for themselves."""
@@ -107,8 +109,7 @@ class Plan:
         for name, benchmark in (config.decontaminate.against if config.decontaminate else {}).items():
             path = benchmark_file(name, benchmark)
             found[f"decontaminate.against.{name}"] = {path.name: look_at(str(path))} if path else {}
-        if config.tokenizer.path is not None:
-            directory = expand_path(config.tokenizer.path, "tokenizer.path").absolute()
+        if (directory := given_tokenizer(config.tokenizer)) is not None:
             load_encoder(directory, config.index)
             found["tokenizer.path"] = {path.name: look_at(str(path)) for path in tokenizer_files(directory)}
         return found
