@@ -46,7 +46,7 @@ _CORPORA = "{:26} {:>8}  {:10} {:8} {}"
 _LEGEND = """
 tokens: - not known; ? remembered, not read from what is published
 form: - whatever files hold it, jsonl(.gz, .zst) or parquet
-access: gated: its owner is asked on its page of the hub; refused: no text as published, octo data corpora NAME says why"""
+access: gated: its owner is asked on its page of the hub; refused: holds no text, octo data corpora NAME says why"""
 
 
 def _line(facts: dict[str, Any]) -> str:

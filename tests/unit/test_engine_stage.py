@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from engine_tasks import Task, work
 
+from megatron_octo.data.engine import stage as stage_module
 from megatron_octo.data.engine.executors import InProcess, Workers, executor_of
 from megatron_octo.data.engine.stage import Stage, plain, run_stages
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, StageFailed
@@ -51,6 +52,20 @@ def executor(request: pytest.FixtureRequest) -> Any:
 def test_facts_come_in_the_order_of_the_tasks(tmp_path: Path, executor: Any) -> None:
     assert run_stages([_stage(tmp_path, *["square"] * 5)], tmp_path, executor) == {"squares": FACTS}
     assert _done(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_a_log_hears_of_every_stage_once_the_build_takes_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [replace(_stage(tmp_path, "square", made_from=name), name=name) for name in ("first", "second", "third")]
+    run_stages(stages[:2], tmp_path, InProcess())
+    assert capsys.readouterr().err == ""
+    clock = [100.0]
+    monkeypatch.setattr(stage_module.time, "monotonic", lambda: clock[0])
+    late = replace(stages[1], made_from=2, work=lambda task: [clock.append(clock.pop() + 40), work(task)][1])
+    run_stages([replace(stages[0], made_from=2), late, stages[2]], tmp_path, InProcess())
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in told] == ["second: 100.0% · 1 of 1 tasks", "third: 100.0% · 1 of 1 tasks"]
 
 
 def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
@@ -113,6 +128,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from engine_tasks import Task, work
+from megatron_octo.data.engine import stage as stage_module
 from megatron_octo.data.engine.executors import Workers
 from megatron_octo.data.engine.stage import Stage, run_stages
 from megatron_octo.files import hold

@@ -8,6 +8,7 @@ What a killed process leaves is therefore a record or none, and the next run rep
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from megatron_octo.progress import Progress
 RECORDS, AT_WORK = "records", "at_work"
 FILES = "files"
 
-_QUIET = 30.0  # seconds of a stage before its progress goes into a log
+_QUIET = 30.0  # seconds of all stages before their progress goes into a log
 Advance = Callable[[float], None]
 _ADVANCE: ContextVar[Advance] = ContextVar("advance", default=lambda amount: None)
 
@@ -114,7 +115,11 @@ def run_stages(stages: Sequence[Stage], work: Path, executor: Executor) -> dict[
         OctoError: as a task raised it.
         StageFailed: the process of a task was killed.
     """
-    return {stage.name: run_calls(stage, calls_of(stage, work), work, executor) for stage in stages}
+    began, facts = time.monotonic(), {}
+    for stage in stages:
+        quiet = max(0.0, _QUIET - (time.monotonic() - began))
+        facts[stage.name] = run_calls(stage, calls_of(stage, work), work, executor, quiet)
+    return facts
 
 
 def calls_of(stage: Stage, work: Path) -> list[Call]:
@@ -171,7 +176,9 @@ def record_path(work: Path, stage: str, number: int) -> Path:
     return work / RECORDS / stage / f"{number:05}.json"
 
 
-def run_calls(stage: Stage, calls: Sequence[Call], work: Path, executor: Executor) -> list[dict[str, Any]]:
+def run_calls(
+    stage: Stage, calls: Sequence[Call], work: Path, executor: Executor, quiet: float = _QUIET
+) -> list[dict[str, Any]]:
     """Do some of the tasks of a stage; returns their facts in the order of the calls, see `run_stages`."""
     facts: list[Any] = [{} if call.number in stage.skip else call.done(work) for call in calls]
     left = [place for place, found in enumerate(facts) if found is None]
@@ -180,7 +187,8 @@ def run_calls(stage: Stage, calls: Sequence[Call], work: Path, executor: Executo
     for place in left:
         calls[place].record.unlink(missing_ok=True)  # what it says is of other inputs, and later tasks may read it
     amounts = [stage.amounts[call.number] if stage.amounts else 1.0 for call in calls]
-    with _Bar(stage, sum(amounts), sum(amounts) - sum(amounts[place] for place in left)) as bar:
+    before = sum(amounts) - sum(amounts[place] for place in left)
+    with _Bar(stage, sum(amounts), before, quiet) as bar:
         for number, found in executor.run([calls[place] for place in left], bar.inside):
             facts[left[number]] = found
             bar.finished(amounts[left[number]])
@@ -200,8 +208,8 @@ def heard_by(listener: Advance) -> None:
 class _Bar:
     """Progress of a stage: what tasks report themselves, out of a total that is estimated from the finished ones."""
 
-    def __init__(self, stage: Stage, total: float, before: float) -> None:
-        self._progress = Progress(stage.name, total, stage.unit or "tasks", before, lines=True, quiet=_QUIET)
+    def __init__(self, stage: Stage, total: float, before: float, quiet: float) -> None:
+        self._progress = Progress(stage.name, total, stage.unit or "tasks", before, lines=True, quiet=quiet)
         self._alone, self._total, self._before = stage.unit is None, total, before
         self._done = self._told = 0.0
 
