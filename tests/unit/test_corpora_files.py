@@ -16,7 +16,7 @@ from megatron_octo.data.clean.files import clean_files
 from megatron_octo.data.curate.run import curate
 from megatron_octo.data.engine.build import build_data
 from megatron_octo.data.engine.jobs import render_build
-from megatron_octo.errors import ConfigError, DataError
+from megatron_octo.errors import ConfigError, DataError, OctoError
 
 
 @pytest.mark.parametrize("policy", ["strict", "skip"])
@@ -119,3 +119,16 @@ def test_what_is_not_in_the_way_stays_and_an_own_result_may_be_made_again(tmp_pa
     (out / "manifest.json").unlink()
     build_data(config, out)
     assert (out / "c.bin").read_bytes() == pair
+
+
+def test_a_curation_tells_what_it_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the work: here before the refusal of a model that is none."""
+    for name in ("train_sft-0.parquet", "test_sft-0.parquet"):
+        write_rows(tmp_path / "data" / name, [{"messages": "none"}])
+    (tmp_path / "model.bin").write_text("no model")
+    corpora = {"c": {"path": str(tmp_path), "adapter": "ultrachat-200k"}}
+    values = {"corpora": corpora, "classify": {"threshold": 0.5, "model": str(tmp_path / "model.bin")}}
+    with pytest.raises(OctoError):
+        curate(parse_config(CurateConfig, values, "test"), tmp_path / "out", workers=1)
+    said = "corpora.c: 1 files not read, for adapter ultrachat-200k reads data/train_sft-*.parquet"
+    assert said in capsys.readouterr().err

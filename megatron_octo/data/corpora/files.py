@@ -81,7 +81,7 @@ def unread_files(config: Inputs) -> dict[str, dict[str, Any]]:
         adapter = adapter_of(config, name)
         others, foreign = _unread(config.corpora[name], f"corpora.{name}", adapter)
         _tell_unread(name, foreign, f"a corpus is files of {_KINDS}")
-        _tell_unread(name, others, f"adapter {adapter.name} reads {adapter.files}; a glob reads what it names")
+        _tell_unread(name, others, f"adapter {adapter.name} reads {adapter.files} (a glob as path reads what it names)")
         if names := sorted(foreign + others):
             found[name] = {"files": len(names), "first": names[:_NAMED]}
     return found

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from megatron_octo.config.curate import CurateConfig, Question, Step
 from megatron_octo.config.load import differences
+from megatron_octo.data.corpora.files import unread_files
 from megatron_octo.data.corpora.shard import Shard, list_shards, numbered
 from megatron_octo.data.curate.classify import CORPUS, classify_corpora, keep_documents, named_model, refuse_all_kept
 from megatron_octo.data.curate.client import key_of
@@ -68,6 +69,7 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
     executor_of("local", workers)
     revisions = known_revisions(out)
     files, parts = _look(config, revisions)
+    unread_files(config)
     questions = _questions(config)
     with only_writer(out, (CORPUS, JUDGED, "classifier")) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
