@@ -90,6 +90,7 @@ def test_bases_that_are_none(tmp_path: Path, base: str, words: list[str]) -> Non
         ("model.layer=3", ["model.layer", "'layers'"]),
         ("mdoel.layers=3", ["mdoel", "'model'"]),
         ("learning_rate=1", ["unknown key 'learning_rate'", "did you mean 'schedule.learning_rate'?"]),
+        ("every=5K", ["unknown key 'every'; fix: remove it; the keys there are name, "]),  # two blocks have it
         ("schedule=yes", ["schedule = True; a block of keys belongs here: ", "'schedule: {tokens: ...}'"]),
         ("data.mixture.web.wieght=1", ["wieght", "'weight'"]),
         ("data.mixture.web.weight=0", ["data.mixture.web.weight", "greater than 0"]),
