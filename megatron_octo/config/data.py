@@ -103,6 +103,7 @@ class Corpus(Strict):
         default=None,
         min_length=1,
         description="file, folder, glob or URL of jsonl(.gz, .zst) or parquet; may hold ${NAME} and ${NAME:-default}; "
+        "of a folder that is a copy of the corpus's repository the adapter's own files are read; "
         "by default the place where the corpus is published, which needs the network",
     )
     fields: dict[str, str] = Field(default={}, description="names in these files, by the adapter's names")
