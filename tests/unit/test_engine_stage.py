@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from engine_tasks import Task, work
 
+from megatron_octo.data.engine import on_ray
 from megatron_octo.data.engine import stage as stage_module
 from megatron_octo.data.engine.executors import InProcess, Workers, executor_of
 from megatron_octo.data.engine.stage import Stage, plain, run_stages
@@ -193,6 +195,38 @@ def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         while _lives(tmp_path / "pid"):
             assert time.monotonic() < deadline, "a cancelled task has ended when the error is told"
             time.sleep(0.02)
+
+
+@pytest.fixture
+def ends_with_143() -> Iterator[None]:
+    """As a command does on SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("ends_with_143")
+def test_sigterm_while_ray_starts_is_this_processs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handlers end with other codes and say nothing; the first is put in place before it starts a process."""
+    import ray
+
+    def at_once(handler: Any) -> None:
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+
+    own = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray._private.utils, "set_sigterm_handler", at_once)
+    with executor_of("ray", 2) as team, pytest.raises(SystemExit, match="143"):
+        run_stages([_stage(tmp_path, "square")], tmp_path, team)
+    assert signal.getsignal(signal.SIGTERM) == own and not ray.is_initialized()
+    with pytest.raises(SystemExit, match="143"), on_ray._own_sigterm():
+        at_once(lambda *_: sys.exit(1))  # as the second does, which first ends what Ray has started
+    assert signal.getsignal(signal.SIGTERM) == own
+    imported = []
+    with pytest.raises(SystemExit, match="143"), on_ray._sigterm_afterwards():
+        signal.raise_signal(signal.SIGTERM)
+        imported.append("whole")
+    assert imported and signal.getsignal(signal.SIGTERM) == own
 
 
 def test_nobody_to_do_the_work() -> None:

@@ -19,6 +19,7 @@ from megatron_octo.errors import EnvironmentProblem
 
 _TRIES_MORE = 2
 _GRACE = 30.0  # seconds for cancelled tasks to end
+_RAYS_ENDS = (signal.SIGTERM, 1)  # exit codes of its handlers of SIGTERM, early and late in `ray.init`
 
 
 class OnRay:
@@ -75,7 +76,8 @@ class OnRay:
             raise
 
     def _connect(self) -> Any:
-        import ray
+        with _sigterm_afterwards():
+            import ray
 
         if not ray.is_initialized():
             try:
@@ -95,11 +97,36 @@ class OnRay:
 
 
 @contextlib.contextmanager
+def _sigterm_afterwards() -> Iterator[None]:
+    """Let SIGTERM wait for an import: what Ray does at exit fails where it was imported by half."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for number in received[:1]:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep what this process does on SIGTERM: Ray puts its own in place, which prints its stack and ends with 15."""
+    """Keep what this process does on SIGTERM: Ray puts its own in place, which ends with 15 and, while it starts, 1."""
+    if threading.current_thread() is not threading.main_thread():  # where Ray puts nothing in place
+        yield
+        return
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():  # where Ray does it, too
+    try:
+        yield
+    except SystemExit as end:
+        signal.signal(signal.SIGTERM, before)
+        if end.code in _RAYS_ENDS:
+            signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
         signal.signal(signal.SIGTERM, before)
 
 
