@@ -211,12 +211,17 @@ def test_a_large_file_is_cut_into_parts_that_give_the_same(
 def test_a_folder_a_glob_and_a_file(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.parquet", "3.jsonl.zst"):
         write_rows(tmp_path / "data" / name, [{"text": name}])
-    for name in ("README.md", "dataset_info.json", "other_info.json.gz", ".hidden.jsonl"):
+    for name in ("README.md", "dataset_info.json", ".hidden.jsonl"):
         (tmp_path / "data" / name).write_text("not of the corpus")
     found = {name: f"c/{name}:1" for name in ("3.jsonl.zst", "a/1.parquet", "b/2.jsonl")}
     for path in (tmp_path / "data", f"{tmp_path}/data/**/[1-3].[jp]*", f"{tmp_path}/data/**/[1-3]*[lt]*"):
         assert read(path)[0] == [(name, text) for text, name in found.items()]
     assert read(f"{tmp_path}/data/b/2*")[0] == [("c/2.jsonl:1", "b/2.jsonl")]
+
+
+def test_compressed_json_in_a_folder_is_lines_as_c4_and_dolma_have_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "c4-train.00000.json.gz", [{"text": "x"}])
+    assert read(tmp_path)[0] == [("c/c4-train.00000.json.gz:1", "x")]
 
 
 MIRRORS = {
@@ -262,10 +267,10 @@ def test_of_a_copy_of_its_repository_an_adapter_reads_its_own_files(
 def test_a_folder_that_is_no_copy_is_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("x/1.parquet", "2.parquet"):
         write_rows(tmp_path / name, [{"text": name}])
-    (tmp_path / "info.json.gz").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "info.json").write_text("{}")
     config = config_of({"c": {"path": str(tmp_path), "adapter": "finemath-4plus"}})
     assert [shard.name for shard in list_shards(config, "c")] == ["2.parquet", "x/1.parquet"]
-    assert unread_files(config) == {"c": {"files": 1, "first": ["info.json.gz"]}}
+    assert unread_files(config) == {"c": {"files": 1, "first": ["info.json"]}}
     assert "1 files not read, for a corpus is files of jsonl" in capsys.readouterr().err
 
 
@@ -296,7 +301,8 @@ def test_relative_paths_and_variables(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    write_rows(tmp_path / "described" / "c.json.gz", [{"text": "x"}])
+    (tmp_path / "described").mkdir()
+    (tmp_path / "described" / "c.json").write_text("{}")
     write_rows(tmp_path / "twice" / "1.jsonl", [{"text": "x"}])
     (tmp_path / "twice" / "2.jsonl").symlink_to("1.jsonl")
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from megatron_octo.data.corpora.registry import Adapter, adapter_of
 from megatron_octo.errors import DataError
 
 _READABLE = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$|\.parquet$")
-_DESCRIBES = re.compile(r"\.json(\.gz|\.zst|\.zstd)?$")
+_DESCRIBES = re.compile(r"\.json$")
 _KINDS = "jsonl, jsonl.gz, jsonl.zst or parquet"
 _NAMED = 20
 
@@ -205,7 +205,7 @@ def _hub_files(where: str, adapter: Adapter, revisions: dict[str, str]) -> list[
 
 
 def _is_corpus(path: str) -> bool:
-    """Whether a file found in a folder is of a corpus; a `.json` there, compressed or not, describes it, by custom."""
+    """Whether a file found in a folder is of a corpus; a plain `.json` there describes it, by custom."""
     return _READABLE.search(path) is not None and _DESCRIBES.search(path) is None
 
 
