@@ -49,6 +49,10 @@ def test_a_judge_whose_answers_nobody_can_read(tmp_path: Path) -> None:
             with pytest.raises(DataError, match=words):
                 curate(_config(tmp_path / "in", server), tmp_path / "out", "train")
     assert len(server.requests) == 20
+    write_corpus(tmp_path / "more", 300)
+    with serving(lambda *_: Reply("Good: 4")) as server, pytest.raises(DataError, match="judge: 0 of 100 documents"):
+        curate(_config(tmp_path / "more", server), tmp_path / "early", "judge")
+    assert 100 <= len(server.requests) < 130, "the first answers tell enough"
     with (
         serving(lambda *_: Reply("")) as server,
         pytest.raises(DataError, match=r"0 of 20 .*\(empty answer 20\); answers/"),

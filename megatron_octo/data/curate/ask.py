@@ -82,7 +82,10 @@ class Forecast:
         return f"{self.documents} documents for {endpoint.model}: {tokens}{limits}; answers already kept cost nothing"
 
 
-def ask_all(step: str, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, forecast: Forecast) -> None:
+def ask_all(
+    step: str, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, forecast: Forecast,
+    heard: Callable[[Answer], None] = lambda answer: None,
+) -> None:  # fmt: skip
     """Ask about all documents that have no answer yet.
 
     Args:
@@ -91,6 +94,7 @@ def ask_all(step: str, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, 
         asked: prompt and settings.
         endpoint: the server.
         forecast: of these piles.
+        heard: called with each new answer once it is in its log; what it raises ends the asking.
 
     Raises:
         EnvironmentProblem: the server is down, does not take the key, or does not know the model. Answers are kept.
@@ -100,7 +104,7 @@ def ask_all(step: str, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, 
     print(f"{step}: {forecast.words(endpoint)}", file=sys.stderr, flush=True)
     with Progress(step, forecast.documents, "documents", lines=True) as progress:
         try:
-            asyncio.run(_Asking(piles, asked, endpoint, client, progress).run())
+            asyncio.run(_Asking(piles, asked, endpoint, client, progress, heard).run())
         except BaseExceptionGroup as group:
             raise _first(group) from None
 
@@ -141,10 +145,11 @@ class _Asking:
     """One run over piles: a producer of questions, and as many askers as requests may be under way."""
 
     def __init__(
-        self, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, client: Client, progress: Progress
-    ) -> None:
+        self, piles: Sequence[Pile], asked: Asked, endpoint: Endpoint, client: Client, progress: Progress,
+        heard: Callable[[Answer], None],
+    ) -> None:  # fmt: skip
         self._piles, self._asked, self._count = piles, asked, endpoint.concurrency
-        self._client, self._progress = client, progress
+        self._client, self._progress, self._heard = client, progress, heard
         self._queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=endpoint.concurrency)
         self._open: set[_Open] = set()
         self._answers = Answers(path for folder in {pile.log.parent for pile in piles} for path in _logs(folder))
@@ -217,6 +222,7 @@ class _Asking:
                 opened.waiting -= 1
                 self._finish(opened)
             self._tell(answer, len(waiting))
+            self._heard(answer)
 
     def _tell(self, answer: Answer, documents: int) -> None:
         self._new += 1

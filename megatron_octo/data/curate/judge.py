@@ -32,6 +32,7 @@ JUDGE, JUDGED = "judge", "judged"
 _NO_ANSWER = "no answer: "
 _ANSWER = 700.0  # characters: a justification of at most a hundred words, and the score
 _EXAMPLE = 160  # characters, the last ones of an answer
+_AT_FIRST = 100  # answers of which one must have a score
 _FEWEST = 0.1  # share of the documents that must have a score: with fewer the prompt or the server is wrong
 _MARKS = r"[\s*_`#>]*"
 _SCORE = re.compile(
@@ -96,7 +97,7 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
     if piles:
         facts = [sample["parts"][place] for place in left_over]
         forecast = Forecast.of(asked, total(facts, "documents"), total(facts, "characters"), _ANSWER)
-        ask_all(JUDGE, piles, asked, endpoint, forecast)
+        ask_all(JUDGE, piles, asked, endpoint, forecast, _First().hear)
     done = run_calls(stage, calls, curation.work, team)
     tell_unanswered(JUDGE, done)
     names = ("documents", "scores", "unscored", "rejected", "shortened", "tokens_in", "tokens_out")
@@ -104,6 +105,39 @@ def judge_sample(curation: Curation, parts: list[Part], sample: dict[str, Any], 
     _look_at_unscored(counts, next((facts["example"] for facts in done if "example" in facts), None))
     positive = sum(number for score, number in counts["scores"].items() if int(score) >= judge.positive_from)
     return {**counts, "positive": positive, "asked": asked.as_json(), "parts": done, **all_left(done)}
+
+
+def _score(answer: Answer, facts: dict[str, Any]) -> int | None:
+    """The score of an answer with a text; where it has none the reason is counted, and `facts` keeps an example."""
+    assert answer.text is not None
+    try:
+        return score_of(answer.text)
+    except NoScore as reason:
+        count(facts["unscored"], "cut off at max_tokens" if answer.finish == "length" else str(reason))
+        facts.setdefault("example", answer.text.strip()[-_EXAMPLE:])
+        return None
+
+
+class _First:
+    """Ends the asking where none of the first answers can be read: more of them would be money for nothing."""
+
+    def __init__(self) -> None:
+        self._over = False
+        self._facts: dict[str, Any] = {"documents": 0, "scores": {}, "unscored": {}, "rejected": {}}
+
+    def hear(self, answer: Answer) -> None:
+        """Take in a new answer.
+
+        Raises:
+            DataError: it is the last of the first ones, and none had a score.
+        """
+        if self._over or answer.text is None:
+            return
+        self._facts["documents"] += 1
+        readable = _score(answer, self._facts) is not None
+        self._over = readable or self._facts["documents"] == _AT_FIRST
+        if self._over and not readable:
+            _look_at_unscored(self._facts, self._facts["example"])
 
 
 def _look_at_unscored(counts: dict[str, Any], example: str | None) -> None:
@@ -142,11 +176,8 @@ def collect(curation: Curation, asked: Asked, task: tuple[int, Any, str]) -> dic
             if answer.text is None:
                 count(facts["rejected"], why_not(answer))
                 continue
-            try:
-                score = score_of(answer.text)
-            except NoScore as reason:
-                count(facts["unscored"], "cut off at max_tokens" if answer.finish == "length" else str(reason))
-                facts.setdefault("example", answer.text.strip()[-_EXAMPLE:])
+            score = _score(answer, facts)
+            if score is None:
                 continue
             count(facts["scores"], str(score))
             yield {**record, "score": score}
