@@ -16,6 +16,7 @@ from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config, load_config, parse_config
 from megatron_octo.data.engine.build import build_data, only_writer
 from megatron_octo.data.engine.manifest import verify_data
+from megatron_octo.data.index.digest import token_rules
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.pairs import read_index
 from megatron_octo.data.index.writer import IndexedWriter
@@ -335,11 +336,42 @@ def test_a_tokenizer_is_known_again_by_what_decides_tokens(built: Path, tmp_path
     (mine / "config.json").write_text("{}")
     check_one_tokenizer(mine, pairs)
     (mine / "chat_template.jinja").write_text("{{ messages }}")
+    form = json.loads((mine / "tokenizer.json").read_text())
+    other_spelling = {**form, "padding": {"direction": "Right"}, "version": "0.9"}
+    other_spelling["model"] = {**form["model"], "merges": [" ".join(merge) for merge in form["model"]["merges"]]}
+    other_spelling["model"].pop("dropout")
+    (mine / "tokenizer.json").write_text(json.dumps(other_spelling, indent=4))
     check_one_tokenizer(mine, pairs)
-    (mine / "tokenizer.json").write_text((mine / "tokenizer.json").read_text() + " ")
-    with pytest.raises(DataError, match=f"{built / 'data' / 'tokenizer'} .*, and data.tokenizer is {mine} "):
-        check_one_tokenizer(mine, pairs)
     check_one_tokenizer(tmp_path / "not there", pairs)
+    first, second, *_ = form["model"]["vocab"]
+    vocab = form["model"]["vocab"]
+    swapped = {**vocab, first: vocab[second], second: vocab[first]}
+    for change in ({"model": {**form["model"], "vocab": swapped}}, {"pre_tokenizer": None}, {"added_tokens": []}):
+        (mine / "tokenizer.json").write_text(json.dumps({**form, **change}))
+        with pytest.raises(DataError, match=f"{built / 'data' / 'tokenizer'} .*, and data.tokenizer is {mine} ") as no:
+            check_one_tokenizer(mine, pairs)
+        assert no.value.fix.startswith(f"set data.tokenizer to {built / 'data' / 'tokenizer'}, or build")
+
+
+def test_a_tokenizer_that_was_altered_where_it_lies_is_to_be_restored(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "data", tmp_path / "data")
+    form = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    form.write_text(json.dumps({**json.loads(form.read_text()), "pre_tokenizer": None}))
+    with pytest.raises(DataError, match="fix: .* was altered since: restore it"):
+        check_one_tokenizer(form.parent, {"data.mixture.web": tmp_path / "data" / "web"})
+
+
+def test_a_sentence_piece_model_counts_only_where_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"one")
+    alone = token_rules(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"two")
+    assert token_rules(tmp_path) not in (alone, None)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
+    read = token_rules(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"one")
+    assert token_rules(tmp_path) == read
+    (tmp_path / "tokenizer.json").write_text("[")
+    assert token_rules(tmp_path) is None
 
 
 def test_only_the_files_of_a_tokenizer_count(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ import yaml
 from megatron_octo.checkpoint import store
 from megatron_octo.cli import root as cli
 from megatron_octo.config.run import RunConfig
+from megatron_octo.data.index.digest import spot_digest
+from megatron_octo.data.index.table import pair_files
 from megatron_octo.data.index.writer import write_indexed
 from megatron_octo.errors import DataError
 from megatron_octo.runtime import launch
@@ -109,9 +111,13 @@ def _data(folder: Path) -> None:
     write_indexed(folder / "tiny", [[1, 2, 3]], 91)
     write_indexed(folder / "foreign", [*documents, [95, 0]], 96)
     (folder / "alien").mkdir()
-    manifest = {"sources": {"web": {}}, "tokenizer": {"directory": "tokenizer", "sha256": "ed17569f" * 8}}
-    (folder / "alien" / "manifest.json").write_text(json.dumps(manifest))
     write_indexed(folder / "alien" / "web", documents, 91)
+    for file in pair_files(folder / "alien" / "web"):
+        file.touch()
+    size = sum(file.stat().st_size for file in pair_files(folder / "alien" / "web"))
+    facts = {"bytes": size, "spot": spot_digest(folder / "alien" / "web.idx")}
+    manifest = {"sources": {"web": facts}, "tokenizer": {"directory": "tokenizer", "rules": "ed17569f" * 8}}
+    (folder / "alien" / "manifest.json").write_text(json.dumps(manifest))
     write_indexed(folder / "alien" / "megatrons_own", documents, 91)
     (folder / "folder" / "prefix.bin").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
@@ -152,7 +158,7 @@ MISTAKES = [
     (
         ["run.yaml", "validation={every: 5K, windows: 2, sources: {held: alien/web}}"],
         3,
-        ["validation.sources.held (alien/web)", "ed17569fed17", "set data.tokenizer to alien/tokenizer"],
+        ["validation.sources.held (alien/web)", "ed17569fed17", "fix: build the data with tokenizer"],
     ),
     (["run.yaml", "data.mixture.web.path=gone"], 3, ["gone.bin does not exist", "octo data build"]),
     (["run.yaml", "data.mixture.web.path=web.bin"], 3, ["web.bin.bin does not exist", "without suffix: web"]),
@@ -285,6 +291,11 @@ def test_a_forecast_of_data_with_another_tokenizer_is_refused(octo: Octo) -> Non
     Path("second/manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"web \(alien/web\) .*ed17569f.* data.mixture.math is of second/tokenizer"):
         forecast_file(Path("mixture.yaml"), 1000, ["data.mixture.math.path=second/web"])
+
+
+def test_a_pair_that_came_in_the_place_of_a_built_one_is_not_what_the_manifest_speaks_of(octo: Octo) -> None:
+    write_indexed(Path("alien/web"), [[number] * 40 for number in range(1, 90)], 91)
+    assert octo("run.yaml", "data.mixture.web.path=alien/web")[0] == 0
 
 
 def test_a_step_longer_than_the_run_is_said(octo: Octo) -> None:

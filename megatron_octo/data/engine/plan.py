@@ -49,7 +49,7 @@ from megatron_octo.data.index.digest import tokenizer_files
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.files import hash_json, write_json
 
-FORMAT = 3
+FORMAT = 4
 TOKENIZER, JOIN, BEYOND = "tokenizer", "join", "beyond"
 
 

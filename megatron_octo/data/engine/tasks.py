@@ -19,7 +19,7 @@ from megatron_octo.data.corpora.shard import Shard
 from megatron_octo.data.engine.inputs import InputFile, Version, refuse_change
 from megatron_octo.data.engine.publish import RESULT, WORK
 from megatron_octo.data.engine.stage import FILES, facts_of, left, record_path
-from megatron_octo.data.index.digest import SENTENCE_PIECE, TOKENIZER_FILES
+from megatron_octo.data.index.digest import SENTENCE_PIECE, TOKENIZER_FILES, token_rules
 from megatron_octo.data.index.encode import load_encoder
 from megatron_octo.data.index.join import join_pieces
 from megatron_octo.data.index.table import DocumentTable, docs_path, pair_files
@@ -126,6 +126,7 @@ def make_tokenizer(build: Build, task: Tokenizer) -> dict[str, Any]:
     encoder = load_encoder(directory, config.index)
     facts = {
         "sha256": hash_directory(directory),
+        "rules": token_rules(directory),
         "vocabulary": encoder.vocabulary,
         "rows": encoder.rows,
         "begin_of_text": encoder.begin,

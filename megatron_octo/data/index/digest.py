@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron_octo.files import hash_file, hash_json
 
@@ -22,6 +24,31 @@ def tokenizer_digest(directory: Path) -> str | None:
     if not (directory / TOKENIZER_FILES[0]).is_file():
         return None
     return hash_json({path.name: hash_file(path) for path in tokenizer_files(directory)})
+
+
+def token_rules(directory: Path) -> str | None:
+    """SHA-256 of what decides alone which tokens a text becomes; None where there is no tokenizer that can be read.
+
+    Of a `tokenizer.json` these are its model, its added tokens and how it cuts a text, however the library wrote
+    them; of SentencePiece, which is read where there is no `tokenizer.json`, the `.model`. Chat templates, names
+    of marks and padding decide nothing.
+    """
+    form, model = directory / TOKENIZER_FILES[0], directory / SENTENCE_PIECE
+    try:
+        if form.is_file():
+            rules = _rules(orjson.loads(form.read_bytes()))
+            return hashlib.sha256(orjson.dumps(rules, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return hash_file(model) if model.is_file() else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+
+
+def _rules(form: dict[str, Any]) -> dict[str, Any]:
+    """Older libraries join the two pieces of a merge by a space, and leave out settings that are off."""
+    model = {name: value for name, value in form["model"].items() if value is not None and value is not False}
+    if "merges" in model:
+        model["merges"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    return {"model": model, **{name: form.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer")}}
 
 
 def tokenizer_files(path: Path) -> list[Path]:

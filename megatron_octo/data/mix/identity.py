@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from megatron_octo.data.index.digest import spot_digest
 from megatron_octo.data.index.pairs import Index, bin_path, idx_path
 from megatron_octo.data.index.table import pair_files
@@ -23,20 +26,28 @@ def content_digest(index: Index) -> dict[str, str]:
     return {"index": known or hash_file(idx_path(index.prefix)), "tokens": spot_digest(bin_path(index.prefix))}
 
 
-def _manifests_digest(index: Index) -> str | None:
-    """The hash of an index as the build wrote it into its manifest, last of all; None where that may not fit.
+def manifest_of(prefix: Path) -> dict[str, Any] | None:
+    """The manifest beside a pair; None where there is none, or the files that lie there are not those it speaks of.
 
     A copy may keep the time of what it is a copy of: another order of the same documents, made before this one, has
-    other lengths all over.
+    other lengths all over, which a `spot_digest` shows.
     """
-    path, name = index.prefix.parent / _MANIFEST, index.prefix.name
-    manifest = read_json(path)
+    manifest = read_json(prefix.parent / _MANIFEST)
     try:
-        facts = manifest["sources"][name]
-        stated = (facts["documents"], facts["tokens"], facts["bytes"])
-        found = (index.documents, index.tokens, sum(file.stat().st_size for file in pair_files(index.prefix)))
-        idx = idx_path(index.prefix)
-        if stated == found and idx.stat().st_mtime_ns <= path.stat().st_mtime_ns and spot_digest(idx) == facts["spot"]:
+        facts = manifest["sources"][prefix.name]
+        fits = facts["bytes"] == sum(file.stat().st_size for file in pair_files(prefix))
+        return manifest if fits and facts["spot"] == spot_digest(idx_path(prefix)) else None
+    except (OSError, LookupError, TypeError):
+        return None
+
+
+def _manifests_digest(index: Index) -> str | None:
+    """The hash of an index as the build wrote it into its manifest, last of all; None where that may not fit."""
+    manifest = manifest_of(index.prefix)
+    try:
+        facts, idx = manifest["sources"][index.prefix.name], idx_path(index.prefix)
+        same = (facts["documents"], facts["tokens"]) == (index.documents, index.tokens)
+        if same and idx.stat().st_mtime_ns <= (index.prefix.parent / _MANIFEST).stat().st_mtime_ns:
             return str(facts["sha256"][idx.name])
     except (OSError, LookupError, TypeError):
         pass
