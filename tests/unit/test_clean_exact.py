@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from clean_tools import clean, config_of, shards_of
 from datatrove.data import Document
 
+from megatron_octo.data.clean.exact import PAIR, pairs_of
 from megatron_octo.data.clean.removals import read_removals
 from megatron_octo.data.clean.stages import clean_stages
 from megatron_octo.data.engine.executors import InProcess, Workers
@@ -112,3 +114,17 @@ def test_a_duplicate_takes_no_memory_for_its_text(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert counted == {"exact_duplicate": 10_000}
     assert decided < 200 and left_out < 100, "bytes of each"
+
+
+def test_the_pairs_of_a_shard_are_found_without_a_copy_of_all(tmp_path: Path) -> None:
+    pairs = np.zeros(200_000, PAIR)
+    pairs["shard"], pairs["place"] = np.arange(200_000) // 10, np.arange(200_000)
+    np.save(tmp_path / "all.npy", pairs)
+    tracemalloc.start()
+    try:
+        found = pairs_of([tmp_path / "all.npy"], 700)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found["place"].tolist() == list(range(7000, 7010))
+    assert peak < 100_000, "not 8 bytes for each pair of all shards"

@@ -187,3 +187,40 @@ def test_paths_of_the_command_line_get_names_and_count_once(tmp_path: Path) -> N
     found = _octo("dedup", f"a={paths[0]}", f"a={paths[1]}", "--out", tmp_path / "twice")
     assert isinstance(found.exception, ConfigError) and "a= names two of the paths" in found.exception.what
     assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_file_of_another_name_is_named_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renamed between two starts, as old as it was: what others are copies of has its new name in all files."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "z"):
+        (tmp_path / "in" / f"{name}.jsonl").write_text('{"text": "one"}\n')
+    config = config_of(corpora={"c": {"path": str(tmp_path / "in")}}, deduplicate={})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        clean_files(config, tmp_path / "out")
+    (tmp_path / "in" / "a.jsonl").rename(tmp_path / "in" / "b.jsonl")
+    clean_files(config, tmp_path / "out")
+    (removal,) = map(json.loads, (tmp_path / "out/removals.jsonl").read_text().splitlines())
+    assert (removal["document"], removal["other"]) == ("c/z.jsonl:1", "c/b.jsonl:1")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bad_line", ["strict", "skip"])
+def test_a_row_that_cannot_be_written_is_refused(tmp_path: Path, bad_line: str) -> None:
+    """Its text is sound, so that it is kept; another column is not UTF-8, and no line of JSON holds it."""
+    broken = pyarrow.array([b"fine", b"\xff", b"fine"]).view(pyarrow.string())
+    table = pyarrow.table({"text": ["one", "two", "One"], "url": broken})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    config = config_of(corpora={"a": {"path": str(tmp_path / "a.parquet")}}, deduplicate={}, on_bad_line=bad_line)
+    with pytest.raises(DataError, match="a.parquet, row 2: not UTF-8 at byte 1 of 'url'"):
+        clean_files(config, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.jsonl.zst"))
+
+
+def test_records_that_are_not_there_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    config, records = config_of(corpora={"a": {"path": str(tmp_path / "a.jsonl")}}, deduplicate={}), files._records
+    monkeypatch.setattr(files, "_records", lambda shard: list(records(shard))[:1])
+    with pytest.raises(DataError, match="a.jsonl: 1 records are there of 2 that are to be written"):
+        clean_files(config, tmp_path / "out", workers=1)

@@ -145,9 +145,20 @@ def test_pairs_are_datatroves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     config = datatrove_config(settings)
     MinhashDedupBuckets(str(tmp_path / "signatures"), str(tmp_path / "theirs"), config=config).run(None, 0, 1)
     monkeypatch.setattr(pairs, "_TOGETHER", together)
+    monkeypatch.setattr(pairs, "_OF_EACH", 0)
     ours = find_candidates(tmp_path / "signatures", tmp_path / "ours", 0, 9, settings)
     assert ours.read_bytes() == (tmp_path / "theirs" / ours.name).read_bytes()
     assert 400 < ours.stat().st_size // 16 < 1600
+
+
+def test_many_shards_are_not_opened_for_a_few_signatures_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, opened, fromfile = NearDuplicates(buckets=1, hashes_per_bucket=4), [], np.fromfile
+    _bucket(tmp_path, settings, 40, 200)
+    whole = find_candidates(tmp_path, tmp_path / "whole", 0, 40, settings).read_bytes()
+    monkeypatch.setattr(np, "fromfile", lambda *given, **how: (opened.append(1), fromfile(*given, **how))[1])
+    monkeypatch.setattr(pairs, "_TOGETHER", 100)
+    assert find_candidates(tmp_path, tmp_path / "ranges", 0, 40, settings).read_bytes() == whole
+    assert 40 < len(opened) < 2 * (40 + 40 * 200 / 64), "each twice, or once for 64 signatures"
 
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine_tasks import Task, work
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import parse_config
+from megatron_octo.data.corpora.shard import Shard
 from megatron_octo.data.engine import code, plan, tasks
 from megatron_octo.data.engine.build import build_data, only_writer
 from megatron_octo.data.engine.executors import InProcess
@@ -22,9 +24,9 @@ from megatron_octo.data.engine.manifest import verify_data
 from megatron_octo.data.engine.on_ray import _attempt
 from megatron_octo.data.engine.on_slurm import SUBMITTED
 from megatron_octo.data.engine.plan import Plan
-from megatron_octo.data.engine.stage import AT_WORK, Stage, calls_of, run_stages
+from megatron_octo.data.engine.stage import AT_WORK, Stage, calls_of, record_path, run_stages
 from megatron_octo.errors import DataError, EnvironmentProblem
-from megatron_octo.files import LOCK, hold, read_json
+from megatron_octo.files import LOCK, hold, read_json, write_json
 
 
 def _config(folder: Path, **changes: Any) -> DataBuildConfig:
@@ -129,6 +131,31 @@ def test_a_node_with_other_packages_does_no_work(tmp_path: Path) -> None:
     kind, error = _attempt(call, str(tmp_path), {**code.code_of(), "numpy": "0.1"})
     assert kind == "error" and isinstance(error, EnvironmentProblem) and "instead of 0.1" in str(error)
     assert not call.record.exists() and _attempt(call, str(tmp_path), code.code_of())[0] == "facts"
+
+
+# -- token budgets
+
+
+def test_tokens_of_earlier_shards_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of them for every shard: there may be many thousands."""
+    build, read, count = tasks.Build(_config(tmp_path), tmp_path / "out"), [], 30
+    pieces = [tasks.Piece(Shard("one", number, "one"), None, None, 5, "after", None) for number in range(count)]
+    monkeypatch.setattr(tasks, "read_json", lambda path: (read.append(path), read_json(path))[1])
+
+    def done(number: int, after: str = "after") -> None:
+        record = {"made_from": "key", "facts": {"after": after, "tokens": number + 1}}
+        write_json(record_path(build.work, tasks.TOKENISE, 5 + number), record)
+
+    for number, piece in enumerate(pieces):
+        assert tasks._tokens_before(build, piece, 1000) == number * (number + 1) // 2
+        done(number)
+    assert len(read) <= 2 * count
+    assert [tasks._tokens_before(build, pieces[number], 1000) for number in (3, 0, 29)] == [6, 0, 435]
+    other = [replace(piece, after="other") for piece in pieces]
+    done(0, "other"), done(2, "other")
+    assert tasks._tokens_before(build, other[9], 1000) == 1, "up to the first that is not known"
+    done(1, "other")
+    assert tasks._tokens_before(build, other[9], 1000) == 6 and tasks._tokens_before(build, other[9], 6) >= 6
 
 
 # -- what was left out

@@ -19,7 +19,7 @@ from engine_tasks import Task, work
 from megatron_octo.data.engine import on_ray
 from megatron_octo.data.engine import stage as stage_module
 from megatron_octo.data.engine.executors import InProcess, Workers, executor_of
-from megatron_octo.data.engine.stage import Stage, plain, run_stages
+from megatron_octo.data.engine.stage import Stage, calls_of, plain, run_stages
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem, StageFailed
 from megatron_octo.files import hold
 
@@ -240,3 +240,20 @@ def test_what_has_no_form_of_its_own_cannot_be_a_task() -> None:
     assert plain({"a": frozenset(["y", "x"]), "b": (Path("c"), None)}) == {"a": ["x", "y"], "b": ["c", None]}
     with pytest.raises(TypeError):
         plain(object())
+
+
+def test_keys_of_many_tasks_take_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage may be made from as many files as it has tasks; that is turned to JSON and hashed once, not for each."""
+    visited, hashed, hash_json = [], [], stage_module.hash_json
+    monkeypatch.setattr(stage_module, "plain", lambda value: (visited.append(1), plain(value))[1])
+    monkeypatch.setattr(stage_module, "hash_json", lambda value: (hashed.append(len(str(value))), hash_json(value))[1])
+
+    def cost(count: int) -> tuple[int, int, set[str]]:
+        visited.clear(), hashed.clear()
+        stage = Stage("many", range(count), work, [{"sha256": "0" * 64, "bytes": n} for n in range(count)])
+        keys = {call.key for call in calls_of(stage, tmp_path)}
+        return len(visited), sum(hashed), keys
+
+    (few, short, some), (many, long, others) = cost(100), cost(200)
+    assert many < 2.5 * few and long < 2.5 * short
+    assert len(some) == 100 and len(others) == 200 and not some & others, "each follows from all the files"

@@ -96,6 +96,7 @@ def pairs_of(files: Iterable[Path], shard: int) -> np.ndarray:
     found = [np.empty(0, PAIR)]
     for path in files:
         pairs = np.load(path, mmap_mode="r")
-        first, end = np.searchsorted(pairs["shard"], [shard, shard + 1])
+        edges = np.array([shard, shard + 1], PAIR["shard"])  # of another type, the whole column would be converted
+        first, end = np.searchsorted(pairs["shard"], edges)
         found.append(np.array(pairs[first:end]))
     return in_order(np.concatenate(found))

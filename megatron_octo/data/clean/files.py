@@ -20,6 +20,7 @@ from megatron_octo.data.clean.tasks import Cleaning, Part
 from megatron_octo.data.corpora.files import input_path, unread_files
 from megatron_octo.data.corpora.lines import numbered_lines, open_input
 from megatron_octo.data.corpora.read import Accounts
+from megatron_octo.data.corpora.render import BadRecord
 from megatron_octo.data.corpora.rows import numbered_rows
 from megatron_octo.data.corpora.shard import Shard, is_parquet, list_shards, numbered, refuse_shared_files
 from megatron_octo.data.engine.build import claim, only_writer, refuse_other
@@ -99,7 +100,7 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
             return finished
         content = {file.path: found for file, found in zip(stage.tasks, facts, strict=True)}
         read = {f"corpora.{name}": {path: content[path] for path in _paths(own)} for name, own in shards.items()}
-        tell_copies(read, bool(config.deduplicate))
+        tell_copies(read, bool(config.deduplicate and config.deduplicate.exact))
         lines = lines_of(stage, facts)
         shards = {name: numbered(own, lines) for name, own in shards.items()}
         stages = clean_stages(config, shards, work, versions(seen, hashes))
@@ -137,12 +138,24 @@ def write_records(cleaning: Cleaning, part: Part) -> dict[str, Any]:
         row = 0
         for number, line in _records(shard):
             if row < len(kept) and kept[row] == number:
+                if isinstance(line, BadRecord):
+                    raise DataError(
+                        f"{shard.path}, row {number}: {line}",
+                        "its text can be read, but records are written with all their columns",
+                        "mend the row, or take the column out of the file",
+                    )
                 stream.write(line + b"\n")
                 row += 1
-    return {"documents": len(kept), "sha256": hash_file(path), FILES: cleaning.files(path)}
+        if row != len(kept):
+            raise DataError(
+                f"{shard.path}: {row} records are there of {len(kept)} that are to be written",
+                "the file is not the one that was looked through",
+                "start again when nothing writes it any more",
+            )
+    return {"documents": row, "sha256": hash_file(path), FILES: cleaning.files(path)}
 
 
-def _records(shard: Shard) -> Iterator[tuple[int, bytes]]:
+def _records(shard: Shard) -> Iterator[tuple[int, bytes | BadRecord]]:
     assert shard.first is not None
     if not is_parquet(shard.path):
         for number, line in numbered_lines(shard.path, shard.part, shard.first):
@@ -153,7 +166,7 @@ def _records(shard: Shard) -> Iterator[tuple[int, bytes]]:
     with open_input(shard.path) as raw:
         columns = pyarrow.parquet.read_schema(raw).names
     for number, row in numbered_rows(shard.path, columns, (), shard.part, shard.first):
-        yield number, orjson.dumps(row, default=str)
+        yield number, row if isinstance(row, BadRecord) else orjson.dumps(row, default=str)
 
 
 def _manifest(

@@ -1,8 +1,8 @@
 """Which documents share a bucket of signatures, and what becomes of a cluster of them.
 
 The pairs are those that datatrove finds, in its order and its files. It opens the signatures of all shards at once and
-compares them one by one; here they are read by ranges of their first hash, one file after another, so that neither the
-limit of open files nor memory depends on how many shards there are.
+compares them one by one; here they are read by ranges of their first hash, one file after another, so that the limit of
+open files does not matter. The more shards there are, the larger the ranges, for each of these opens all files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megatron_octo.data.clean.exact import PAIR, in_order
 from megatron_octo.data.clean.near import signature_path, signature_type
 from megatron_octo.files import replacing
 
-_TOGETHER = 1 << 18  # signatures that are sorted together, about
+_TOGETHER = 1 << 18  # signatures that are sorted together, about, or more:
+_OF_EACH = 64  # so many of each shard, or most of the time would go into opening files
 _SAMPLED = 64  # hashes drawn for each range, to make the ranges equally large
 _LOW = np.uint64(0xFFFFFFFF)
 
@@ -25,7 +26,8 @@ _LOW = np.uint64(0xFFFFFFFF)
 def find_candidates(folder: Path, out: Path, bucket: int, shards: int, settings: NearDuplicates) -> Path:
     """Find the documents that share a bucket.
 
-    Memory: 300 bytes for each of a quarter of a million signatures, or of those that have one first hash in common.
+    Memory: 300 bytes for each of a quarter of a million signatures, of 64 for each shard, or of those that have one
+    first hash in common, whichever are most; that is 2 GB for 100 000 shards.
 
     Args:
         folder: of `Signatures`.
@@ -68,7 +70,7 @@ def _ranges(paths: Sequence[Path], record: np.dtype) -> Iterator[tuple[np.ndarra
 
 def _edges(paths: Sequence[Path], sizes: Sequence[int], record: np.dtype) -> list[int]:
     """First hashes that cut all signatures into ranges of about the same size; minima crowd at small values."""
-    ranges = -(-sum(sizes) // _TOGETHER)
+    ranges = -(-sum(sizes) // max(_TOGETHER, _OF_EACH * len(sizes)))
     if ranges <= 1:
         return []
     step, skip, drawn = max(1, sum(sizes) // (_SAMPLED * ranges)), 0, []

@@ -27,7 +27,7 @@ from megatron_octo.data.engine.code import CLEANS, code_of
 from megatron_octo.data.engine.inputs import Version
 from megatron_octo.data.engine.stage import Stage
 
-FORMAT = 5
+FORMAT = 6
 """Part of what every stage is made from: raised when the same settings and inputs give another result."""
 
 RECALL, SIGNATURES, DUPLICATES, BUCKETS, CLUSTERS, REMOVALS = (
@@ -81,7 +81,7 @@ def clean_stages(
         "format": FORMAT, "code": code_of(CLEANS), "settings": settings,
         "benchmarks": benchmarks, "heldout": _heldout(config, versions),
     }  # fmt: skip
-    whole = {**own, "shards": [part.version for part in parts]}
+    whole = {**own, "shards": parts}  # with their names: what is left out says of which document it is a copy
 
     def stage(name: str, tasks: list[Any], work: Callable[[Cleaning, Any], dict[str, Any]], made_from: Any) -> Stage:
         return Stage(name, tasks, partial(work, cleaning), made_from)

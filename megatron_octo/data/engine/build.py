@@ -95,7 +95,8 @@ def build_data(
             tell(f"repaired {', '.join(broken_parts(out, finished, intact))}")
             if not intact:
                 print(f"octo: note: all of {out} is made again: {_NONE_INTACT}", file=sys.stderr)
-        tell_copies({f"corpora.{name}": inputs[f"corpora.{name}"] for name in config.corpora}, bool(config.deduplicate))
+        copies = {f"corpora.{name}": inputs[f"corpora.{name}"] for name in config.corpora}
+        tell_copies(copies, bool(config.deduplicate and config.deduplicate.exact))
         sets = _build_problems(config, out / WORK / RESULT)
         facts = run_stages(plan.stages(hashes, intact), out / WORK, team)
         if intact and facts[TOKENIZER][0]["sha256"] != finished["tokenizer"]["sha256"]:

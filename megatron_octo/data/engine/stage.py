@@ -125,8 +125,9 @@ def run_stages(stages: Sequence[Stage], work: Path, executor: Executor) -> dict[
 def calls_of(stage: Stage, work: Path) -> list[Call]:
     """The tasks of a stage, ready to be handed out."""
     name, sweep = stage.name, stage.sweep
+    made_from = hash_json(plain(stage.made_from))  # once: it may be as long as there are tasks
     return [
-        Call(name, number, stage.work, task, _key(stage, task), record_path(work, name, number), sweep)
+        Call(name, number, stage.work, task, _key(made_from, task), record_path(work, name, number), sweep)
         for number, task in enumerate(stage.tasks)
     ]
 
@@ -233,8 +234,8 @@ class _Bar:
             self._progress.expect(self._before + self._told * (self._total - self._before) / self._done)
 
 
-def _key(stage: Stage, task: Any) -> str:
-    return hash_json({"stage": plain(stage.made_from), "task": plain(task)})
+def _key(made_from: str, task: Any) -> str:
+    return hash_json({"stage": made_from, "task": plain(task)})
 
 
 def plain(value: Any) -> Any:

@@ -29,6 +29,8 @@ from megatron_octo.files import hash_directory, read_json
 
 TOKENISE = "tokenise"
 
+_SUMS: dict[tuple[Path, str | None, int], list[int]] = {}  # of a corpus: tokens of its first 0, 1, ... shards
+
 
 @dataclass(frozen=True)
 class Build:
@@ -202,13 +204,14 @@ def _piece_prefix(build: Build, corpus: str, number: int) -> Path:
 
 def _tokens_before(build: Build, piece: Piece, budget: int) -> int:
     """Tokens of the corpus's shards before this one, as far as they are known without a gap."""
-    tokens = 0
-    for number in range(piece.first, piece.first + piece.shard.number):
-        record = read_json(record_path(build.work, TOKENISE, number))
-        if record is None or record["facts"].get("after") != piece.after or tokens >= budget:
+    wanted = piece.shard.number
+    sums = _SUMS.setdefault((build.work, piece.after, piece.first), [0])  # what a record once said stays true
+    while len(sums) <= wanted and sums[-1] < budget:
+        record = read_json(record_path(build.work, TOKENISE, piece.first + len(sums) - 1))
+        if record is None or record["facts"].get("after") != piece.after:
             break
-        tokens += record["facts"].get("tokens", 0)
-    return tokens
+        sums.append(sums[-1] + record["facts"].get("tokens", 0))
+    return sums[min(wanted, len(sums) - 1)]
 
 
 def join(build: Build, corpus: Corpus) -> dict[str, Any]:
