@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpora_tools import config_of, read, write_rows
@@ -13,7 +14,10 @@ from corpora_tools import config_of, read, write_rows
 from megatron_octo.config.curate import CurateConfig
 from megatron_octo.config.load import parse_config
 from megatron_octo.data.clean.files import clean_files
+from megatron_octo.data.corpora import shard
+from megatron_octo.data.curate import run
 from megatron_octo.data.curate.run import curate
+from megatron_octo.data.engine import plan
 from megatron_octo.data.engine.build import build_data
 from megatron_octo.data.engine.jobs import render_build
 from megatron_octo.errors import ConfigError, DataError, OctoError
@@ -136,3 +140,27 @@ def test_a_curation_tells_what_it_does_not_read(tmp_path: Path, capsys: pytest.C
         curate(parse_config(CurateConfig, values, "test"), tmp_path / "out", workers=1)
     said = "corpora.c: 1 files not read, for adapter ultrachat-200k reads data/train_sft-*.parquet"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+@pytest.mark.parametrize("room", [plan, run])
+def test_a_file_that_grows_between_its_cut_and_the_look_at_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, room: Any
+) -> None:
+    """Its parts would end where it ended when it was cut, and its hash would be of all of it."""
+    monkeypatch.setattr(shard, "PART", 1000)
+    rows = [{"text": f"{number} of many documents in this file"} for number in range(100)]
+    path = write_rows(tmp_path / name, rows, group=10)
+
+    def cut(*values: Any) -> list[shard.Shard]:
+        found = shard.list_shards(*values)
+        write_rows(path, [*rows, *rows], group=10)
+        return found
+
+    monkeypatch.setattr(room, "list_shards", cut)
+    with pytest.raises(DataError, match=f"{name} changed while the build read it"):
+        if room is plan:
+            plan.Plan(config_of({"c": {"path": str(path)}}), tmp_path / "out")
+        else:
+            values = {"corpora": {"c": {"path": str(path)}}, "classify": {"threshold": 0.5, "model": "model.bin"}}
+            run._look(parse_config(CurateConfig, values, "test"), {})

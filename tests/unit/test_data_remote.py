@@ -9,12 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from corpora_tools import config_of
+from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_octo.data.clean.files import clean_files
+from megatron_octo.data.corpora.files import unread_files
+from megatron_octo.data.corpora.shard import list_shards
 from megatron_octo.data.engine.build import build_data
-from megatron_octo.data.engine.inputs import hash_input, look_at
+from megatron_octo.data.engine.inputs import InputFile, hash_input, look_at, refuse_change, tell_remote
 from megatron_octo.errors import DataError
 
 ROWS = "".join(json.dumps({"text": f"row {number} of a file far away"}) + "\n" for number in range(40)).encode()
@@ -26,7 +30,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.fails, self.head = "", "a" * 40
+        self.fails, self.head, self.written = "", "a" * 40, ""
 
     @property
     def url(self) -> str:
@@ -64,6 +68,8 @@ class _Answers(BaseHTTPRequestHandler):
         self.send_response(200)
         if fails != "tells no size":
             self.send_header("Content-Length", str(size))
+        if self.server.written:
+            self.send_header("Last-Modified", self.server.written)
         self.end_headers()
         self.wfile.write(body[: size // 2] if fails == "hangs up" else body)
 
@@ -109,6 +115,96 @@ def test_a_server_that_fails(server: _Server, fails: str, said: str) -> None:
         hash_input(look_at(url) if fails in ("is gone", "tells no size") else file)
 
 
+def test_a_change_of_equal_size_is_noticed_where_the_server_tells_a_time(server: _Server) -> None:
+    server.written = "Wed, 01 Jul 2026 10:00:00 GMT"
+    file = look_at(f"{server.url}/c.jsonl")
+    refuse_change(file)
+    server.written = "Wed, 01 Jul 2026 10:00:01 GMT"
+    with pytest.raises(DataError, match="c.jsonl changed while the build read it"):
+        refuse_change(file)
+
+
+def test_a_bucket_of_the_hub_names_no_commit(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_remote(
+        {"c": [InputFile("hf://datasets/o/r@1/c.jsonl", 1, ""), InputFile("hf://buckets/o/b/c.jsonl", 1, "")]}, 2
+    )
+    assert "of 1 files the server tells neither time nor tag" in capsys.readouterr().err
+
+
+class _Keeps(MemoryFileSystem):
+    """Keeps the listings of directories, as the file systems of object stores do."""
+
+    protocol, store = "keeps", {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("keeps://"))
+
+    def ls(self, path: str, detail: bool = True, **values: Any) -> list[Any]:
+        path = self._strip_protocol(path)
+        if path not in self.dircache:
+            self.dircache[path] = [dict(one) for one in super().ls(path, detail=True)]
+        return self.dircache[path] if detail else [one["name"] for one in self.dircache[path]]
+
+    def info(self, path: str, **values: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        kept = self.dircache.get(self._parent(path), [])
+        if found := next((one for one in kept if one["name"] == path), None):
+            return found
+        found = super().info(path)
+        return found if found["type"] == "directory" else super().ls(path)[0]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        if path is None:
+            self.dircache.clear()
+        else:
+            self.dircache.pop(self._strip_protocol(path), None)
+
+
+def test_a_kept_listing_is_not_asked_whether_a_file_changed() -> None:
+    fsspec.register_implementation("keeps", _Keeps, clobber=True)
+    files = fsspec.filesystem("keeps")
+    files.pipe("/folder/a.jsonl", ROWS)
+    config = config_of({"c": {"path": "keeps://folder"}})
+    (shard,) = list_shards(config, "c")
+    file = look_at(shard.path)
+    refuse_change(file)
+    files.ls("/folder")
+    files.pipe("/folder/a.jsonl", ROWS + ROWS)
+    files.pipe("/folder/b.jsonl", ROWS)
+    assert look_at(shard.path) == file, "the listing is kept"
+    with pytest.raises(DataError, match="a.jsonl changed while the build read it"):
+        refuse_change(file)
+    files.ls("/folder")
+    files.pipe("/folder/c.jsonl", ROWS)
+    assert len(list_shards(config, "c")) == 3
+
+
+def test_a_server_that_fails_while_unread_files_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("keeps", _Keeps, clobber=True)
+    fsspec.filesystem("keeps").pipe("/unread/a.jsonl", ROWS)
+    fsspec.filesystem("keeps").pipe("/unread/a.txt", ROWS)
+    config = config_of({"c": {"path": "keeps://unread"}})
+    assert unread_files(config) == {"c": {"files": 1, "first": ["a.txt"]}}
+
+    def fail(*values: Any, **named: Any) -> None:
+        raise RuntimeError("503 slow down")
+
+    monkeypatch.setattr(_Keeps, "find", fail)
+    with pytest.raises(DataError, match=r"corpora.c: keeps://unread cannot be listed \(RuntimeError: 503 slow down\)"):
+        unread_files(config)
+
+
+def test_what_is_not_read_of_the_hub_is_told_of_the_commit_that_is_read(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "skip_instance_cache": True})
+    found: list[str] = []
+    monkeypatch.setattr("megatron_octo.data.corpora.files._all_afar", lambda system, path: found.append(path) or [])
+    unread_files(config_of({"c": {"path": "hf://datasets/org/rows/data"}}), {"datasets/org/rows": "c" * 40})
+    assert found == [f"datasets/org/rows@{'c' * 40}/data"]
+
+
 def test_what_is_read_over_the_network_is_said(
     server: _Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,8 +219,6 @@ def test_a_branch_of_the_hub_is_read_at_one_commit(
     server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commit is looked up once: a build that goes on reads it, and a finished one stays of it."""
-    import fsspec
-
     monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "skip_instance_cache": True})
     config, out = config_of({"c": {"path": "hf://datasets/org/rows/data/*.jsonl"}}), tmp_path / "out"
     server.fails = "refuses"

@@ -18,6 +18,7 @@ from megatron_octo.data.engine.build import build_data
 from megatron_octo.data.engine.executors import InProcess
 from megatron_octo.data.engine.jobs import _hashes, render_build, work_on_share
 from megatron_octo.data.engine.plan import Plan
+from megatron_octo.data.engine.publish import place
 from megatron_octo.data.engine.stage import run_stages
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -205,3 +206,28 @@ def test_a_refusal_of_the_scheduler_is_told(tmp_path: Path, monkeypatch: pytest.
     config = _config(tmp_path / "inputs")
     with pytest.raises(EnvironmentProblem, match="invalid partition specified.*fix: set SBATCH_PARTITION"):
         render_build(config, tmp_path / "data", workers=None)
+
+
+def test_a_build_that_was_killed_while_it_published_gets_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is in its place already would be missing from the work, and all of it would be made again."""
+    _config(tmp_path / "inputs")
+    values = {"tokenizer": {"train": {"vocabulary_size": 300}}, "corpora": {"c": {"path": str(tmp_path / "inputs")}}}
+    config, out = parse_config(DataBuildConfig, values, "test"), tmp_path / "data"
+    placed: list[str] = []
+
+    def killed(source: Path, target: Path) -> None:
+        if len(placed) == 2:
+            raise KeyboardInterrupt
+        placed.append(target.name)
+        place(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_octo.data.engine.publish.place", killed)
+        build_data(config, out)
+    assert not (out / "manifest.json").exists()
+    capsys.readouterr()
+    assert render_build(config, out, workers=None) == (None, None)
+    assert (out / "manifest.json").exists() and not (out / ".work").exists()
+    assert "files of jsonl, jsonl.gz, jsonl.zst or parquet: data.yaml" in capsys.readouterr().err

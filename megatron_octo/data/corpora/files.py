@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,15 @@ def corpus_files(config: Inputs, name: str, adapter: Adapter, revisions: dict[st
         return _hub_files(where, adapter, revisions)
     path = expand(corpus.path, f"{where}.path")
     if "://" in path and not path.startswith("file://"):
-        rule, fix = "fsspec reads it", f"reach it from this machine, or set {where}.path to a copy"
-        return _remote_files(where, path, adapter, (rule, fix), revisions)
+        return _remote_files(where, path, adapter, _way_out(where), revisions)
     return _local_files(where, corpus, adapter, os.path.expanduser(path.removeprefix("file://")))
 
 
-def unread_files(config: Inputs) -> dict[str, dict[str, Any]]:
+def _way_out(where: str) -> tuple[str, str]:
+    return "fsspec reads it", f"reach it from this machine, or set {where}.path to a copy"
+
+
+def unread_files(config: Inputs, revisions: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """Files in the folders of corpora that no corpus reads; told on stderr.
 
     Their names are of no form it knows, or not of the files that the adapter's corpus is published in, while others
@@ -72,14 +76,18 @@ def unread_files(config: Inputs) -> dict[str, dict[str, Any]]:
 
     Args:
         config: the build.
+        revisions: commits of what is read from the Hugging Face hub, as `corpus_files` left them.
 
     Returns:
         For each corpus that has such files how many, and the names of the first 20; files that are hidden do not count.
+
+    Raises:
+        DataError: a server does not answer.
     """
-    found = {}
+    found, revisions = {}, {} if revisions is None else revisions
     for name in config.corpora:
         adapter = adapter_of(config, name)
-        others, foreign = _unread(config.corpora[name], f"corpora.{name}", adapter)
+        others, foreign = _unread(config.corpora[name], f"corpora.{name}", adapter, revisions)
         _tell_unread(name, foreign, f"a corpus is files of {_KINDS}")
         _tell_unread(name, others, f"adapter {adapter.name} reads {adapter.files} (a glob as path reads what it names)")
         if names := sorted(foreign + others):
@@ -94,13 +102,10 @@ def _tell_unread(corpus: str, names: list[str], why: str) -> None:
         print(said, file=sys.stderr, flush=True)
 
 
-def _unread(corpus: Corpus, where: str, adapter: Adapter) -> tuple[list[str], list[str]]:
+def _unread(corpus: Corpus, where: str, adapter: Adapter, revisions: dict[str, str]) -> tuple[list[str], list[str]]:
     path = expand(corpus.path, f"{where}.path") if corpus.path else ""
     if "://" in path and not path.startswith("file://"):
-        import fsspec
-
-        system, root = fsspec.core.url_to_fs(path)
-        paths = [] if glob.has_magic(root) or system.isfile(root) else system.find(root)
+        _, root, paths = _listed(where, path, _way_out(where), revisions, _all_afar)
     else:
         root = os.path.expanduser(path.removeprefix("file://"))
         paths = [one for one in _all_in(root) if os.path.isfile(one)] if os.path.isdir(root) else []
@@ -130,6 +135,10 @@ def _all_in(folder: str) -> list[str]:
     return glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
 
 
+def _all_afar(system: Any, path: str) -> list[str]:
+    return [] if glob.has_magic(path) or system.isfile(path) else system.find(path)
+
+
 def _local_files(where: str, corpus: Corpus, adapter: Adapter, path: str) -> list[tuple[str, str]]:
     assert corpus.path is not None
     if os.path.isfile(path):
@@ -155,22 +164,32 @@ def _local_files(where: str, corpus: Corpus, adapter: Adapter, path: str) -> lis
 def _remote_files(
     where: str, url: str, adapter: Adapter, way_out: tuple[str, str], revisions: dict[str, str]
 ) -> list[tuple[str, str]]:
+    def find(system: Any, path: str) -> list[str]:
+        system.invalidate_cache()  # of a listing that is older than this build
+        return _expanded(system, path, adapter)
+
+    system, _, found = _listed(where, url, way_out, revisions, find)
+    if not found:
+        raise DataError(f"{where}: {url} holds no file of {_KINDS}", *way_out)
+    _refuse_unreadable(where, found)
+    root = os.path.commonpath([os.path.dirname(one) for one in found])
+    return [(os.path.relpath(one, root), system.unstrip_protocol(one)) for one in found]
+
+
+def _listed(
+    where: str, url: str, way_out: tuple[str, str], revisions: dict[str, str], find: Callable[[Any, str], list[str]]
+) -> tuple[Any, str, list[str]]:
+    """The file system of a URL, the path there, on the hub in a commit, and what `find` finds with the two."""
     import fsspec
 
-    rule, fix = way_out
     try:
         system, path = fsspec.core.url_to_fs(url)
         if url.startswith("hf://"):
             path = _pinned(system, path, revisions)
-        found = _expanded(system, path, adapter)
+        return system, path, find(system, path)
     except Exception as error:  # each file system raises errors of its own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(f"{where}: {url} cannot be listed ({reason})", rule, fix) from None
-    if not found:
-        raise DataError(f"{where}: {url} holds no file of {_KINDS}", rule, fix)
-    _refuse_unreadable(where, found)
-    root = os.path.commonpath([os.path.dirname(one) for one in found])
-    return [(os.path.relpath(one, root), system.unstrip_protocol(one)) for one in found]
+        raise DataError(f"{where}: {url} cannot be listed ({reason})", *way_out) from None
 
 
 def _pinned(hub: Any, path: str, revisions: dict[str, str]) -> str:

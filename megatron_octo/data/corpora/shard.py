@@ -63,7 +63,7 @@ def list_shards(config: Inputs, corpus: str, revisions: dict[str, str] | None = 
         return [Shard(corpus, 0, "")]
     shards: list[Shard] = []
     for name, path in corpus_files(config, corpus, adapter_of(config, corpus), {} if revisions is None else revisions):
-        for part, first in _parts(path):
+        for part, first in parts_of(path):
             shards.append(Shard(corpus, len(shards), path, part, first, name))
     return shards
 
@@ -126,8 +126,12 @@ def _form(config: Inputs, name: str) -> str:
     return "qa" if prompts and rendering == "published" else rendering
 
 
-def _parts(path: str) -> Sequence[tuple[tuple[int, int] | None, int | None]]:
-    """Parts of a file, each with the records before it as far as they are known."""
+def parts_of(path: str) -> Sequence[tuple[tuple[int, int] | None, int | None]]:
+    """Parts of a file as it is now, each with the records before it as far as they are known.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if "://" in path:
         return [(None, 0)]
     try:

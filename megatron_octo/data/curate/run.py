@@ -21,7 +21,15 @@ from megatron_octo.data.curate.train import refuse_worthless, train_classifier
 from megatron_octo.data.engine.build import only_writer
 from megatron_octo.data.engine.code import CURATES, LEARNS, code_of
 from megatron_octo.data.engine.executors import executor_of
-from megatron_octo.data.engine.inputs import InputFile, inputs_stage, lines_of, look_at, refuse_change, versions
+from megatron_octo.data.engine.inputs import (
+    InputFile,
+    inputs_stage,
+    lines_of,
+    look_at,
+    look_at_shards,
+    refuse_change,
+    versions,
+)
 from megatron_octo.data.engine.publish import (
     MANIFEST,
     REVISIONS,
@@ -69,7 +77,7 @@ def curate(config: CurateConfig, out: Path, until: str | None = None, workers: i
     executor_of("local", workers)
     revisions = known_revisions(out)
     files, parts = _look(config, revisions)
-    unread_files(config)
+    unread_files(config, revisions)
     questions = _questions(config)
     with only_writer(out, (CORPUS, JUDGED, "classifier")) as lock, executor_of("local", workers, lock) as team:
         finish_publishing(out)
@@ -106,9 +114,10 @@ def _look(config: CurateConfig, revisions: dict[str, str]) -> tuple[dict[str, In
     if not shards:
         raise DataError("the corpora hold no files", fix="look at their paths")
     files = {_name(shard): shard.path for shard in shards}
+    own = look_at_shards(shards)
     if config.classify is not None and config.classify.model is not None:
         files["classify.model"] = str(named_model(config.classify.model))
-    looked = {name: look_at(path) for name, path in files.items()}
+    looked = {name: own.get(path) or look_at(path) for name, path in files.items()}
     return looked, [Part(number, shard, None) for number, shard in enumerate(shards)]
 
 

@@ -76,7 +76,8 @@ def build_data(
     out = out.absolute()
     executor_of(executor, workers)  # what is wrong or missing is told before anything is written
     build_world(config)
-    plan, not_read = Plan(config, out), unread_files(config)
+    plan = Plan(config, out)
+    not_read = unread_files(config, plan.revisions)
     plan.tell_inputs()
     with only_writer(out, published(config)) as lock, executor_of(executor, workers, lock) as team:
         finish_publishing(out)

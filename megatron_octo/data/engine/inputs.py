@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron_octo.data.corpora import shard
 from megatron_octo.data.corpora.lines import open_input
+from megatron_octo.data.corpora.shard import Shard
 from megatron_octo.data.engine.stage import Stage, advance
 from megatron_octo.errors import DataError
 
@@ -19,7 +20,7 @@ _SAID = 300  # characters of a foreign error
 _SHOWN = 3
 _AFAR = "start the same command again when the server answers, or name a copy on this machine"
 _AGAIN = "start the same command again when it is complete; what does not depend on it is kept"
-_STATE = ("mtime", "ETag", "LastModified", "etag", "last_modified", "created")
+_STATE = ("mtime", "ETag", "LastModified", "Last-Modified", "etag", "last_modified", "created")
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,18 @@ def versions(files: Iterable[InputFile], hashes: Mapping[str, str]) -> dict[str,
     return {file.path: Version(hashes[file.path], file.bytes, file.modified) for file in files if file.path in hashes}
 
 
-def look_at(path: str) -> InputFile:
+def look_at(path: str, anew: bool = False) -> InputFile:
     """How a file is now.
+
+    Args:
+        path: of the file, or its URL.
+        anew: ask the server, and not the listing of its directory that this process may have kept.
 
     Raises:
         DataError: it is not there, or cannot be reached.
     """
     if "://" in path:
-        return _look_afar(path)
+        return _look_afar(path, anew)
     try:
         found = Path(path).stat()
     except (OSError, ValueError) as error:
@@ -70,11 +75,34 @@ def look_at(path: str) -> InputFile:
     return InputFile(path, found.st_size, str(found.st_mtime_ns))
 
 
-def _look_afar(url: str) -> InputFile:
+def look_at_shards(shards: Iterable[Shard]) -> dict[str, InputFile]:
+    """How the files of shards are, by path: those that are in parts as they were when they were cut.
+
+    Raises:
+        DataError: as `look_at`, or a file was written to since it was cut, so that its parts may not be all of it.
+    """
+    cut: dict[tuple[str, str], list[Any]] = {}
+    for one in shards:
+        cut.setdefault((one.corpus, one.path), []).append((one.part, one.first))
+    looked = {path: look_at(path) for path in dict.fromkeys(path for _, path in cut)}
+    for (_, path), parts in cut.items():
+        if parts[0][0] is not None and parts != list(shard.parts_of(path)):
+            raise _changed(path)
+    return looked
+
+
+def _is_pinned(url: str) -> bool:
+    """Whether a URL names a commit; a bucket of the hub has none."""
+    return url.startswith("hf://") and not url.startswith("hf://buckets/")
+
+
+def _look_afar(url: str, anew: bool) -> InputFile:
     import fsspec
 
     try:
         files, name = fsspec.core.url_to_fs(url)
+        if anew and not _is_pinned(url):
+            files.invalidate_cache(name.rpartition("/")[0])
         facts = files.info(name)
     except Exception as error:  # each file system has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_SAID]
@@ -99,8 +127,8 @@ def tell_remote(files: Mapping[str, Iterable[InputFile]], times: int) -> None:
                 f"to fetch them once, download them and set {where}.path to the copy",
                 file=sys.stderr,
             )
-        unmarked = [file for file in afar if not file.modified and not file.path.startswith("hf://")]
-        if unmarked:  # a path of the hub names a commit
+        unmarked = [file for file in afar if not file.modified and not _is_pinned(file.path)]
+        if unmarked:
             print(
                 f"octo: note: {where}: of {len(unmarked)} files the server tells neither time nor tag: while they are "
                 "read, a change is noticed only if it changes their size",
@@ -205,9 +233,13 @@ def refuse_change(file: InputFile) -> None:
     Raises:
         DataError: it was written to.
     """
-    if look_at(file.path) != file:
-        raise DataError(
-            f"{file.path} changed while the build read it",
-            "half of the result would be of the old file and half of the new one",
-            _AGAIN,
-        )
+    if look_at(file.path, anew=True) != file:
+        raise _changed(file.path)
+
+
+def _changed(path: str) -> DataError:
+    return DataError(
+        f"{path} changed while the build read it",
+        "half of the result would be of the old file and half of the new one",
+        _AGAIN,
+    )

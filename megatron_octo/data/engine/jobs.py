@@ -10,12 +10,13 @@ from typing import Any
 
 from megatron_octo.config.data import DataBuildConfig
 from megatron_octo.config.load import dump_config
+from megatron_octo.data.corpora.files import unread_files
 from megatron_octo.data.corpora.problems import build_world
 from megatron_octo.data.engine.build import being_written, claim, is_whole, only_writer, published, refuse_other
 from megatron_octo.data.engine.executors import InProcess, use_one_thread
 from megatron_octo.data.engine.on_slurm import SUBMITTED, render
 from megatron_octo.data.engine.plan import Plan
-from megatron_octo.data.engine.publish import WORK, keep_revisions
+from megatron_octo.data.engine.publish import WORK, finish_publishing, keep_revisions
 from megatron_octo.data.engine.stage import Stage, calls_of, run_calls
 from megatron_octo.errors import ConfigError, DataError, EnvironmentProblem
 from megatron_octo.files import hold, read_json
@@ -47,13 +48,16 @@ def render_build(config: DataBuildConfig, out: Path, workers: int | None) -> tup
     out = out.absolute()
     build_world(config)
     plan = Plan(config, out)
+    unread_files(config, plan.revisions)
     plan.tell_inputs()
     with only_writer(out, published(config)):
         _refuse_queued(out)
+        finish_publishing(out)
         finished = claim(out, config)
         if finished is not None:
             refuse_other(out, "inputs", _sizes(finished["inputs"]), plan.sizes_by_field())
             if is_whole(out):
+                shutil.rmtree(out / WORK, ignore_errors=True)
                 return None, None
         keep_revisions(out, plan.revisions)
         stages = [plan.inputs(), *plan.stages(_hashes(plan) or {})]

@@ -21,6 +21,7 @@ from megatron_octo.data.engine.inputs import (
     inputs_stage,
     lines_of,
     look_at,
+    look_at_shards,
     refuse_change,
     tell_empty,
     tell_remote,
@@ -99,10 +100,10 @@ class Plan:
 
     def _files(self, config: DataBuildConfig) -> dict[str, dict[str, InputFile]]:
         """Every input file as it is now, by the field that names it and by its name there."""
-        found = {
-            f"corpora.{name}": {shard.name: look_at(shard.path) for shard in self.shards[name]}
-            for name in config.corpora
-        }
+        found = {}
+        for name in config.corpora:
+            looked = look_at_shards(self.shards[name])
+            found[f"corpora.{name}"] = {shard.name: looked[shard.path] for shard in self.shards[name]}
         for where, file in config.problem_files.items():
             path = input_path(file, where).absolute()
             found[where] = {path.name: look_at(str(path))}
