@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_octo.locations import Location
 
 LOCK = ".lock"
-"""File of a directory that its one writer holds; its text is that process's id."""
+"""File of a directory that its one writer holds, or several that share it; its text tells the last to take it."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _CHUNK = 1 << 20
@@ -186,7 +186,8 @@ def hold(directory: Path, patience: float = 0.0, shared: bool = False) -> IO[str
         The open lock file: a context manager; keep it open as long as the directory is written to.
 
     Raises:
-        BlockingIOError: another process holds it; the error's `strerror` is that process's id.
+        BlockingIOError: another process holds it; the error's `strerror` is that process's id, or tells which was
+            the last of several, which may have ended.
         EnvironmentProblem: its file system has no locks.
         OSError: the directory cannot be written.
     """
@@ -213,13 +214,13 @@ def hold(directory: Path, patience: float = 0.0, shared: bool = False) -> IO[str
                 "have it mounted with locks (Lustre: -o flock; NFS: a running lockd), or name another place",
             ) from None
     lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}" if shared else str(os.getpid()))
+    lock.write(f"{os.getpid()} on {platform.node()}, the last of those that share it" if shared else str(os.getpid()))
     lock.flush()
     return lock
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process holds a directory now; changes nothing."""
+    """Whether a process holds a directory alone now; those that share it do not count. Changes nothing."""
     try:
         with (directory / LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

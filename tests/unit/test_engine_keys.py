@@ -244,6 +244,8 @@ def test_a_task_that_outlived_its_driver_is_waited_for(tmp_path: Path, monkeypat
     call.perform()
     with hold(tmp_path / ".work" / AT_WORK, shared=True):  # others of the same build do not mind
         other.perform()
+        with pytest.raises(BlockingIOError, match="the last of those that share it"):
+            hold(tmp_path / ".work" / AT_WORK)
     assert held == [1, 2]
     only_writer(tmp_path).close()
 
