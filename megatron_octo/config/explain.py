@@ -57,6 +57,8 @@ def _one(kind: type[BaseModel], place: Location, alternatives: list[Any]) -> Con
         return ConfigError(f"key '{field}' is missing", fix="add it")
     if problem["loc"][-1:] == ("[key]",):
         return ConfigError(f"unknown key '{field}'", fix=f"the keys there are {problem['ctx']['expected']}")
+    if problem["type"] == "invalid_key":
+        return ConfigError(f"unknown key '{field}'", "keys are words", _instead(kind, place))
     message = problem["msg"].removeprefix("Value error, ")
     if not field:
         return ConfigError(message, fix="change one of them")
@@ -89,7 +91,9 @@ def _block(kind: type[BaseModel], place: Location, problem: Any) -> tuple[str, s
         return rule, f"write '{name}: {{path: {given}}}'"
     if _needs_nothing(model):
         return rule, f"write '{name}: {{}}', which takes the defaults of all"
-    return rule, f"write '{name}: {{{', '.join(f'{key}: ...' for key in required or keys[:1])}}}'"
+    if not required:
+        return rule, "write " + " or ".join(f"'{name}: {{{key}: ...}}'" for key in keys)
+    return rule, f"write '{name}: {{{', '.join(f'{key}: ...' for key in required)}}}'"
 
 
 def _needs_nothing(model: type[BaseModel]) -> bool:

@@ -19,7 +19,6 @@ def framed(room: Path, title: str, banner: str, summary: str, links: str = "", *
         links: what follows it in the header, such as links to the sections.
         sections: HTML by the name of its place.
     """
-
     style = f"{style_sheet()}\n{(room / 'page.css').read_text(encoding='utf-8')}".rstrip("\n")
     return _filled(
         Path(__file__).with_name("page.html"),

@@ -167,7 +167,7 @@ MISTAKES = [
         6,
         ["/proc/d: cannot be written", "another --out"],
     ),
-    (["data", "inspect", "gone"], 3, ["gone.bin", "octo data build"]),
+    (["data", "inspect", "gone"], 3, ["gone holds no finished build, and gone.bin does not exist", "octo data build"]),
     (["eval", "run", "eval-nothing.yaml"], 3, ["empty.jsonl", "holds no problem"]),
     (["eval", "grade", "cut.jsonl"], 3, ["cut.jsonl line 1", "not JSON"]),
     (["eval", "grade", "list.jsonl"], 3, ["list.jsonl line 1", "response is list"]),

@@ -256,6 +256,8 @@ def test_a_choice_of_types_is_one_mistake() -> None:
             {"index": {"foo": 3}},
             "unknown key 'index.foo'; fix: remove it; the keys there are eos, eos_token, bos",
         ),
+        ({"tokenizer": None}, "fix: write 'tokenizer: {train: ...}' or 'tokenizer: {path: ...}'"),
+        ({3: 3}, "unknown key '3'; keys are words; fix: remove it; the keys there are seed"),
         ({"path": "x"}, "unknown key 'path'; fix: remove it"),  # more than one block has it
     ],
 )

@@ -9,10 +9,11 @@ import numpy as np
 
 from megatron_octo.config.index import IndexConfig
 from megatron_octo.data.index.encode import Encoder, load_encoder
-from megatron_octo.data.index.pairs import Index, bin_path, check_present, stretches
+from megatron_octo.data.index.pairs import Index, bin_path, check_present, idx_path, stretches
 from megatron_octo.data.index.table import DocumentTable, docs_path
 from megatron_octo.data.index.verify import verify_pair
 from megatron_octo.data.index.writer import largest_token
+from megatron_octo.errors import DataError
 from megatron_octo.files import read_json
 
 _SHOWN = 300  # characters of a document
@@ -71,14 +72,23 @@ def inspect(prefix: Path, first: int = 3, tokenizer: Path | None = None) -> dict
 
 
 def list_pairs(directory: Path) -> dict[str, Any] | None:
-    """What the manifest of a finished build lists; None where a path is no such directory.
+    """What the manifest of a finished build lists; None where a path is that of a pair.
 
     Returns:
         directory, documents, tokens, `pairs`: prefix, documents and tokens of each, and `checked`: nothing is.
+
+    Raises:
+        DataError: it is neither.
     """
-    manifest = read_json(directory / "manifest.json") if directory.is_dir() else None
-    if not isinstance(manifest, dict) or "sources" not in manifest or bin_path(directory).exists():
+    if directory.suffix in (".bin", ".idx") or bin_path(directory).exists() or idx_path(directory).exists():
         return None
+    manifest = read_json(directory / "manifest.json")
+    if not isinstance(manifest, dict) or "sources" not in manifest:
+        raise DataError(
+            f"{directory} holds no finished build, and {bin_path(directory)} does not exist",
+            "a build's manifest.json comes last; a pair is named without suffix",
+            "finish the build with `octo data build`, or mend the path",
+        )
     return {
         "directory": str(directory),
         "documents": manifest["documents"],
