@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 from corpora_tools import config_of
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_octo.data.clean.files import clean_files
@@ -134,7 +135,7 @@ def test_a_bucket_of_the_hub_names_no_commit(capsys: pytest.CaptureFixture[str])
 class _Keeps(MemoryFileSystem):
     """Keeps the listings of directories, as the file systems of object stores do."""
 
-    protocol, store = "keeps", {}
+    protocol, store, find = "keeps", {}, AbstractFileSystem.find  # which lists one directory after another
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
