@@ -13,6 +13,7 @@ from corpora_tools import config_of, read, write_rows
 
 from megatron_octo.config.curate import CurateConfig
 from megatron_octo.config.load import parse_config
+from megatron_octo.data.clean import files
 from megatron_octo.data.clean.files import clean_files
 from megatron_octo.data.corpora import shard
 from megatron_octo.data.curate import run
@@ -143,7 +144,7 @@ def test_a_curation_tells_what_it_does_not_read(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
-@pytest.mark.parametrize("room", [plan, run])
+@pytest.mark.parametrize("room", [plan, run, files])
 def test_a_file_that_grows_between_its_cut_and_the_look_at_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, room: Any
 ) -> None:
@@ -161,6 +162,8 @@ def test_a_file_that_grows_between_its_cut_and_the_look_at_it_is_refused(
     with pytest.raises(DataError, match=f"{name} changed while the build read it"):
         if room is plan:
             plan.Plan(config_of({"c": {"path": str(path)}}), tmp_path / "out")
+        elif room is files:
+            clean_files(config_of({"c": {"path": str(path)}}, deduplicate={}), tmp_path / "out", workers=1)
         else:
             values = {"corpora": {"c": {"path": str(path)}}, "classify": {"threshold": 0.5, "model": "model.bin"}}
             run._look(parse_config(CurateConfig, values, "test"), {})

@@ -29,6 +29,7 @@ from megatron_octo.data.engine.inputs import (
     inputs_stage,
     lines_of,
     look_at,
+    look_at_shards,
     refuse_change,
     tell_copies,
     tell_empty,
@@ -75,14 +76,14 @@ def clean_files(config: DataBuildConfig, out: Path, workers: int | None = None) 
     revisions = known_revisions(out)
     shards = {name: list_shards(config, name, revisions) for name in config.corpora}
     refuse_shared_files(config, shards)
-    not_read = unread_files(config)
+    not_read = unread_files(config, revisions)
     benchmarks = config.decontaminate.against.items() if config.decontaminate else ()
     paths = [shard.path for own in shards.values() for shard in own]
     paths += [str(path) for name, one in benchmarks if (path := benchmark_file(name, one))]
     heldout = config.problem_files.get("problems.heldout.file")
     paths += [str(input_path(heldout, "problems.heldout.file"))] if heldout else []
-    seen = [look_at(path) for path in paths]
-    look = {file.path: file for file in seen}
+    look = {path: file for own in shards.values() for path, file in look_at_shards(own).items()}
+    seen = [look.get(path) or look_at(path) for path in paths]
     own_files = {f"corpora.{name}": [look[path] for path in _paths(own)] for name, own in shards.items()}
     tell_remote(own_files, 4)
     tell_empty(own_files)
