@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 """File of a directory that its one writer holds, or several that share it; its text tells the last to take it."""
 
+_LEFT = re.compile(r"\.[0-9a-f]{12}\.(tmp|partial)$")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _CHUNK = 1 << 20
 _WRITE = 1 << 16
@@ -138,6 +140,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Files below a directory that `write_bytes` and `replacing` had no time to give their names: of killed processes.
+
+    Only where nobody else writes there; what one who does is about to name looks the same.
+    """
+    return [path for path in directory.rglob(".*") if _LEFT.search(path.name) and path.is_file()]
 
 
 def write_text(path: Path, text: str) -> None:

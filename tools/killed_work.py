@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_octo.files import LOCK
+
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmn" for b in "aeiou" for c in ("r", "st", "n", "l")]
 CURATED, CONCURRENCY = 160, 8
 
@@ -167,6 +169,7 @@ def damage(out: Path, truth: dict[str, bytes], chance: random.Random) -> dict[st
     for name, content in truth.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
+    (out / LOCK).touch()  # a build leaves it: by it the directory is known as ours where the manifest is gone
     names = chance.sample(sorted(truth), chance.randint(1, 3))
     found: dict[str, bytes | None] = {}
     for name in names:

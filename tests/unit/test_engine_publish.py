@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -54,3 +57,25 @@ def test_a_directory_in_its_place_is_never_a_half(tmp_path: Path, monkeypatch: p
     publish(out, {}, ["corpus"])
     assert [path.name for path in (out / "corpus").iterdir()] == ["0.jsonl"]
     assert (out / "corpus" / "0.jsonl").read_text() == "mended" and out / "corpus" not in deleted
+
+
+def test_what_killed_processes_left_is_not_published(tmp_path: Path) -> None:
+    result = _result(tmp_path / "out")
+    killed = Popen([sys.executable, "-c", _KILLED, str(result / "corpus")])
+    assert killed.wait() == -signal.SIGKILL
+    assert len(list(result.rglob(".*"))) == 2
+    (result / ".tokenizer.0123456789ab.partial").mkdir()
+    publish(tmp_path / "out", {}, ["a.bin", "corpus"])
+    assert sorted(path.name for path in (tmp_path / "out" / "corpus").rglob("*")) == ["0.jsonl", "1.jsonl", "deep"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_octo.files import replacing, write_bytes
+folder = Path(sys.argv[1])
+with replacing(folder / "2.jsonl") as temporary:
+    temporary.write_bytes(b"half")
+    os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+    write_bytes(folder / "deep" / "3.jsonl", b"half")
+"""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo.errors import EnvironmentProblem
-from megatron_octo.files import flush_to_disk, hash_file, read_json, write_json
+from megatron_octo.files import flush_to_disk, hash_file, leftovers, read_json, write_json
 
 WORK = ".work"
 RESULT = "result"
@@ -39,9 +39,12 @@ def publish(out: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
     Args:
         out: data directory; the result lies in its `.work/result`.
         manifest: what the result is.
-        names: files and directories of the result. What else lies there a killed process left.
+        names: files and directories of the result. What else lies there a killed process left, as it may have within
+            these directories; nobody writes there any more.
     """
     work = out / WORK
+    for path in leftovers(work / RESULT):
+        path.unlink()
     for name in names:
         _flush(work / RESULT / name)
     write_json(work / RESULT / MANIFEST, manifest)
